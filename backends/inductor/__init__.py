@@ -1,0 +1,66 @@
+"""The default backend: Inductor on CPU and CUDA, with FP4 codecs as opaque kernels.
+
+The rewrite runs inside Inductor's joint-graph pass, on the forward and backward graph together, before it is
+partitioned; everything around the FP4 operands is compiled as it is for BF16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from fp4compile.aot import decompositions
+from fp4compile.backend import Backend, Rewrite, install_kernels
+from fp4compile.backends.inductor.cpu import KERNELS
+from fp4compile.pipeline import Context, default_pipeline, fingerprint
+
+
+class _JointPass(CustomGraphPass):
+    """Our rewrite as Inductor's joint pass, behind one that the user has set."""
+
+    def __init__(self, rewrite: Rewrite, key: bytes) -> None:
+        self._rewrite, self._key = rewrite, key
+        self._before = torch._inductor.config.joint_custom_pre_pass
+
+    def __call__(self, graph: Graph) -> None:
+        if self._before is not None:
+            self._before(graph)
+        self._rewrite(graph)
+
+    def uuid(self) -> Any:
+        """What Inductor's caches know the rewrite by: everything that decides its result."""
+        return self._key, self._before.uuid() if isinstance(self._before, CustomGraphPass) else None
+
+
+class InductorBackend(Backend):
+    """Lowers the rewritten graph with Inductor."""
+
+    name = "inductor"
+    doc = "the default: torch's Inductor on CPU and CUDA, FP4 codecs as opaque kernels"
+    kernels = KERNELS
+
+    def compile(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        rewrite: Rewrite,
+        context: Context,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        install_kernels(self.name)
+        joint_pass = _JointPass(rewrite, fingerprint(context, default_pipeline()))
+        patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": joint_pass}
+        # On a hit of AOTAutograd's cache no pass would run: no report and no strict error. Kernels are still cached.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_fx(
+                graph_module, example_inputs, config_patches=patches, decompositions=decompositions()
+            )
+
+
+BACKEND = InductorBackend()

@@ -1,0 +1,19 @@
+"""What every backend shares of AOTAutograd: the decompositions under which GEMMs stay GEMMs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor.decomposition import select_decomp_table
+
+aten = torch.ops.aten
+# Inductor decomposes tiny matmuls into multiply-and-sum, where no pass would find them.
+_GEMMS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of GEMMs."""
+    hidden = {getattr(op, overload) for op in _GEMMS for overload in op.overloads()}
+    return {op: rule for op, rule in select_decomp_table().items() if op not in hidden}

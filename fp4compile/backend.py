@@ -1,0 +1,176 @@
+"""What a backend is: a table of kernels, a way to compile a captured graph, found by entry point.
+
+A backend is an object named by an entry point of group `fp4compile.backends`:
+
+    [project.entry-points."fp4compile.backends"]
+    mine = "my_package:BACKEND"
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from fp4compile.errors import FP4ValueError, unknown
+from fp4compile.ops import LIBRARY, OPS
+
+if TYPE_CHECKING:
+    from fp4compile.pipeline import Context
+
+GROUP = "fp4compile.backends"
+
+
+@dataclass(frozen=True)
+class Yes:
+    """A kernel or a backend can do it."""
+
+
+@dataclass(frozen=True)
+class No:
+    """It cannot, and this is why."""
+
+    reason: str
+
+
+Answer = Yes | No
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op on one device type.
+
+    Attributes:
+        name: what the report prints.
+        op: the row of `OPS` it implements.
+        device: torch device type, "cpu" or "cuda".
+        run: takes the op's arguments by name; must agree with the op's reference bit for bit where it quantises.
+        supports: reads the same arguments (tensors may be fake: shapes, dtypes and devices only) and answers.
+    """
+
+    name: str
+    op: str
+    device: str
+    run: Callable[..., Any]
+    supports: Callable[[Mapping[str, Any]], Answer]
+
+
+class Backend(ABC):
+    """A target that graphs are lowered to."""
+
+    name: str
+    doc: str
+    kernels: tuple[Kernel, ...] = ()
+
+    def available(self) -> Answer:
+        """Whether this machine can run the backend."""
+        return Yes()
+
+    def supports_format(self, name: str, device: str) -> Answer:
+        """Whether GEMMs of the named format run on the device type."""
+        return Yes()
+
+    @abstractmethod
+    def compile(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        rewrite: Rewrite,
+        context: Context,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile a Dynamo graph. Must call `rewrite` once on its joint (or inference) graph before lowering it."""
+
+    def kernel_for(self, op: str, arguments: Mapping[str, Any], device: str) -> tuple[str, list[str]]:
+        """The name of the kernel that will run `op`, and why each earlier one declined."""
+        declined = []
+        for kernel in self.kernels:
+            if kernel.op == op and kernel.device == device:
+                answer = kernel.supports(arguments)
+                if isinstance(answer, Yes):
+                    return kernel.name, declined
+                declined.append(f"{kernel.name}: {answer.reason}")
+        return f"reference/{op}", declined
+
+
+# Rewrites the graph in place; the backend hands over what its capture produced.
+Rewrite = Callable[[torch.fx.Graph], None]
+
+
+_REGISTERED: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Add a backend by hand, for one that has no entry point (a test, a notebook)."""
+    if not isinstance(backend, Backend):
+        raise FP4ValueError(f"register_backend needs a Backend, got {type(backend).__name__}")
+    _REGISTERED[backend.name] = backend
+    return backend
+
+
+@cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group=GROUP)}
+
+
+# A bare checkout on PYTHONPATH has no entry points; these are the package's own.
+_OWN = {
+    "inductor": importlib.metadata.EntryPoint("inductor", "fp4compile.backends.inductor:BACKEND", GROUP),
+    "reference": importlib.metadata.EntryPoint("reference", "fp4compile.backends.reference:BACKEND", GROUP),
+}
+
+
+def backend_names() -> list[str]:
+    """Names of every backend that can be asked for."""
+    return sorted({*_OWN, *_entry_points(), *_REGISTERED})
+
+
+@cache
+def _load(name: str) -> Backend:
+    entry = _entry_points().get(name) or _OWN[name]
+    backend = entry.load()
+    if not isinstance(backend, Backend):
+        raise FP4ValueError(f"entry point {name!r} of group {GROUP} is a {type(backend).__name__}, not a Backend")
+    return backend
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; "auto" is the default one, `inductor`."""
+    name = "inductor" if name == "auto" else name
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in backend_names():
+        raise unknown("backend", name, ["auto", *backend_names()])
+    return _load(name)
+
+
+def _dispatcher(op_name: str, kernels: Sequence[Kernel]) -> Callable[..., Any]:
+    """An op implementation that runs the first kernel that supports the call, else the reference."""
+    reference = OPS[op_name].reference
+    signature = inspect.signature(reference)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for kernel in kernels:
+            if isinstance(kernel.supports(bound.arguments), Yes):
+                return kernel.run(**bound.arguments)
+        return reference(*args, **kwargs)
+
+    return run
+
+
+@cache
+def install_kernels(backend_name: str = "inductor") -> None:
+    """Hand a backend's kernels to torch's dispatcher; kernels and references give the same bits."""
+    backend = get_backend(backend_name)
+    for op, device in sorted({(k.op, k.device) for k in backend.kernels}):
+        chosen = [k for k in backend.kernels if (k.op, k.device) == (op, device)]
+        LIBRARY.impl(op, _dispatcher(op, chosen), device.upper())

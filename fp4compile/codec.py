@@ -1,0 +1,337 @@
+"""Encode, decode and fake-quantise any format: plain torch, fp32 arithmetic, the bit-exact oracle of every kernel.
+
+A tensor becomes blocks `[..., blocks, n]` along the contraction axis (n = b*b for 2-D weight blocks, b by b tiles).
+The row of `_SCALINGS` named by the format's first scale level chooses the scales and gives t = |x| / scale, which is
+rounded on the element's grid. Nothing here depends on a format's name, only on its row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fp4compile import philox
+from fp4compile.formats import Element, Format
+
+E4M3_MAX = 448.0
+_E4M3_MIN_NORMAL = 2.0**-6
+_E6M2_MIN, _E6M2_MAX = 2.0**-48, 1.5 * 2.0**15
+_E6M2_NAN = 0xFF
+_E8M0_NAN = 0xFF
+_E4M3_NAN = 0x7F
+# The word of a group of HiF4 that holds NaN or Inf: level-2 and level-3 bits zero.
+_INT32_MASK = 0xFFFFFFFF
+
+
+def _f32_from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bit patterns of non-negative fp32 values as int64."""
+    return x.contiguous().view(torch.int32).to(torch.int64)
+
+
+def _pow2(k: Tensor) -> Tensor:
+    """2**k exactly, for integer k in [-126, 127]."""
+    return _f32_from_bits((k + 127) << 23)
+
+
+def _scale_pow2(x: Tensor, k: Tensor) -> Tensor:
+    """x * 2**k for integer k in [-252, 254], in two exact steps, so that no factor leaves fp32's normal range."""
+    half = k >> 1
+    return x * _pow2(half) * _pow2(k - half)
+
+
+# --- scales ----------------------------------------------------------------------------------------------------------
+# encode(magnitudes [..., n], format, rule, tensor_scale, largest) -> (t [..., n], stored scale [...])
+# decode(stored scale [...], format) -> multiplier, broadcastable to [..., n]
+# `largest` is the largest finite value of the dtype that the decoded values must fit.
+
+Encode = Callable[[Tensor, Format, str, Tensor | None, float], tuple[Tensor, Tensor]]
+Decode = Callable[[Tensor, Format], Tensor]
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    encode: Encode
+    decode: Decode
+    nan: int
+
+
+def _encode_e8m0(
+    mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
+    amax = mag.amax(-1, keepdim=True)
+    mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
+    m, f = mantissa * 2.0, exponent.to(torch.int64) - 1
+    top = fmt.element.max
+    emax = math.floor(math.log2(top))
+    # The value halfway between the largest element and the next power of two, where "even" moves up.
+    halfway = (top + 2.0 ** (emax + 1)) / 2
+    up = {
+        "floor": torch.zeros_like(m, dtype=torch.bool),
+        "ceil": m > 1.0,
+        "even": m >= halfway / 2.0**emax,
+        "rceil": m > top / 2.0**emax,
+    }[rule]
+    # The largest element times 2**k must be finite in the output dtype.
+    k_max = math.floor(math.log2(largest / top))
+    k = (f - emax + up).clamp(-127, min(k_max, 127))
+    k = torch.where(amax == 0, -127, k)
+    return _scale_pow2(mag, -k), (k + 127).squeeze(-1)
+
+
+def _decode_e8m0(stored: Tensor, fmt: Format) -> Tensor:
+    # 2**-127 is subnormal: halves multiply exactly, and only the product with the element is ever rounded.
+    k = stored.to(torch.int64) - 127
+    scale = _pow2(k.clamp(-126, 127)) * torch.where(k < -126, 0.5, 1.0)
+    return torch.where(stored == _E8M0_NAN, math.nan, scale).unsqueeze(-1)
+
+
+def _encode_e4m3(
+    mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
+    scale = mag.amax(-1, keepdim=True) / fmt.element.max
+    if tensor_scale is not None:
+        scale = scale / tensor_scale
+    scale = scale.clamp(_E4M3_MIN_NORMAL, E4M3_MAX)  # always a normal E4M3 number: only the mantissa is rounded
+    bits = _bits(scale)
+    dropped = {"nearest": 0x7FFFF + ((bits >> 20) & 1), "truncation-free": 0xFFFFF}[rule]
+    rounded = (bits + dropped) >> 20
+    stored = rounded - ((127 - 7) << 3)
+    one = torch.ones((), device=mag.device) if tensor_scale is None else 1.0 / tensor_scale
+    return mag * (one / _f32_from_bits(rounded << 20)), stored.squeeze(-1)
+
+
+def _decode_e4m3(stored: Tensor, fmt: Format) -> Tensor:
+    return stored.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).unsqueeze(-1)
+
+
+def _per_element(levels: Tensor, n: int) -> Tensor:
+    """Spread `[..., groups]` over the elements of each group: `[..., n]`."""
+    return levels.repeat_interleave(n // levels.shape[-1], dim=-1)
+
+
+def _encode_e6m2(
+    mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
+) -> tuple[Tensor, Tensor]:
+    n = mag.shape[-1]
+    v3, v2 = (mag.unflatten(-1, (n // b, b)).amax(-1) for b in (fmt.levels[2].block, fmt.levels[1].block))
+    v = mag.amax(-1, keepdim=True)
+    if rule == "authors":
+        # The authors' kernel works on bf16 scales: 1/7, the scale and its reciprocal are bf16, the products fp32.
+        seventh = torch.tensor(1 / 7, dtype=torch.bfloat16, device=mag.device).to(torch.float32)
+        s = (v * seventh).to(torch.bfloat16).to(torch.float32).clamp(_E6M2_MIN, _E6M2_MAX)
+        bits = _bits(s)
+        rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
+        scale = _f32_from_bits(rounded << 21)
+        reciprocal = (1.0 / scale).to(torch.bfloat16).to(torch.float32)
+        t, t2, t3 = mag * reciprocal, v2 * reciprocal, v3 * reciprocal
+        e2, half = t2 >= 4.0, 2.0
+    else:
+        s = (v / 7.0).clamp(_E6M2_MIN, _E6M2_MAX)
+        rounded = (_bits(s) + 0x1FFFFF) >> 21
+        scale = _f32_from_bits(rounded << 21)
+        t, t2, t3 = (mag / scale).clamp(max=7.0), v2 / scale, v3 / scale
+        e2, half = t2 > 3.5, 1.75
+    e2_of_3 = _per_element(e2.to(torch.int64), v3.shape[-1])
+    t3 = t3 * _pow2(-e2_of_3)
+    e3 = t3 >= half if rule == "authors" else t3 > half
+    t = t * _pow2(-_per_element(e2_of_3 + e3, n))
+    word = rounded - ((127 - 48) << 2)
+    for level, at in ((e2, 8), (e3, 8 + e2.shape[-1])):
+        shifts = torch.arange(at, at + level.shape[-1], device=mag.device)
+        word = word + (level.to(torch.int64) << shifts).sum(-1, keepdim=True)
+    return t, word.squeeze(-1)
+
+
+def _decode_e6m2(stored: Tensor, fmt: Format) -> Tensor:
+    word = (stored.to(torch.int64) & _INT32_MASK).unsqueeze(-1)
+    byte = word & 0xFF
+    scale = _f32_from_bits((byte << 21) + ((127 - 48) << 23))
+    scale = torch.where(byte == _E6M2_NAN, math.nan, scale)
+    exponent, at, n = torch.zeros_like(word), 8, fmt.block
+    for level in fmt.levels[1:]:
+        assert level.block is not None
+        groups = n // level.block
+        bits = (word >> torch.arange(at, at + groups, device=word.device)) & 1
+        exponent = exponent + _per_element(bits, n)
+        at += groups
+    return scale * _pow2(exponent)
+
+
+_SCALINGS = {
+    "e8m0": _Scaling(_encode_e8m0, _decode_e8m0, _E8M0_NAN),
+    "e4m3": _Scaling(_encode_e4m3, _decode_e4m3, _E4M3_NAN),
+    "e6m2": _Scaling(_encode_e6m2, _decode_e6m2, _E6M2_NAN),
+}
+
+
+# --- elements --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _grid(element: Element, device: torch.device) -> Tensor:
+    return torch.tensor(element.magnitudes, dtype=torch.float32, device=device)
+
+
+def round_nearest(t: Tensor, element: Element) -> Tensor:
+    """Codes 0..7 (int64) of the grid value nearest to each t >= 0; beyond the grid the last one."""
+    grid = element.magnitudes
+    if element.tie == "away":
+        # The published arithmetic on an evenly spaced grid; fp32 rounds the sum, so midpoints are not compared.
+        return (t * (1.0 / grid[1]) + 0.5).floor().clamp(max=7.0).to(torch.int64)
+    code = torch.zeros_like(t, dtype=torch.int64)
+    for low, (a, b) in enumerate(zip(grid, grid[1:], strict=False)):
+        middle = (a + b) / 2
+        code += t >= middle if low % 2 else t > middle  # at a midpoint the even code wins
+    return code
+
+
+def round_stochastic(t: Tensor, element: Element, u: Tensor) -> Tensor:
+    """Codes 0..7 of one of the two grid neighbours of each t, the upper one where u < (t - lower) / gap."""
+    grid = _grid(element, t.device)
+    t = t.clamp(max=element.max).contiguous()
+    lower = torch.bucketize(t, grid, right=True) - 1
+    upper = (lower + 1).clamp(max=7)
+    gap = (grid[upper] - grid[lower]).clamp(min=grid[1])
+    return lower + (u < (t - grid[lower]) / gap)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _to_blocks(x: Tensor, block: int, block_2d: int | None) -> Tensor:
+    """`[..., K]` -> `[..., blocks, block]`, or `[..., R, K]` -> `[..., R/b, K/b, b*b]`; zero-padded."""
+    if block_2d is None:
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % block))
+        return x.unflatten(-1, (x.shape[-1] // block, block))
+    b = block_2d
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % b, 0, -x.shape[-2] % b))
+    tiles = x.unflatten(-1, (x.shape[-1] // b, b)).unflatten(-3, (x.shape[-2] // b, b))
+    return tiles.movedim(-3, -2).flatten(-2)
+
+
+def _from_blocks(blocks: Tensor, rows: int, block_2d: int | None) -> Tensor:
+    """The inverse of `_to_blocks`, rows cut to their number, the blocked axis left padded."""
+    if block_2d is None:
+        return blocks.flatten(-2)
+    tiles = blocks.unflatten(-1, (block_2d, block_2d)).movedim(-2, -3)
+    return tiles.flatten(-2).flatten(-3, -2)[..., :rows, :]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """4-bit codes `[..., K]` (K even) -> bytes `[..., K/2]`, even element in the low nibble."""
+    pairs = codes.to(torch.uint8).unflatten(-1, (codes.shape[-1] // 2, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Bytes `[..., K/2]` -> 4-bit codes `[..., K]`, uint8."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+# --- the four verbs --------------------------------------------------------------------------------------------------
+
+
+def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
+    """The per-tensor scale: amax of the finite values / (E4M3 max * element max); 1 for an all-zero tensor. 0-d fp32.
+
+    Values that are not finite poison their own block only, so they do not enter the maximum. The scale is at least
+    the smallest normal fp32 number: the reciprocal of a smaller one can be infinite.
+    """
+    mag = x.detach().abs().to(torch.float32)
+    mag = torch.where(mag.isfinite(), mag, 0.0)
+    amax = mag.amax() if mag.numel() else mag.new_zeros(())
+    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    rounding: str,
+    scale_rule: str,
+    block_2d: bool,
+    tensor_scale: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `x` in blocks along `axis`, such that the decoded values are finite in `dtype`.
+
+    Returns:
+        Packed codes, uint8 `[..., K/2]` with the blocked axis last and padded to whole blocks; stored scales of dtype
+        `fmt.scale_dtype`, `[..., blocks]`, or `[..., R/b, K/b]` for 2-D blocks.
+    """
+    edge = fmt.block_2d if block_2d else None
+    scaling = _SCALINGS[fmt.levels[0].dtype]
+    moved = x.detach().movedim(axis, -1)
+    values = _to_blocks(moved.to(torch.float32), fmt.block, edge)
+    bad = ~values.isfinite().all(-1, keepdim=True)
+    values = torch.where(bad, 0.0, values)
+    t, stored = scaling.encode(values.abs(), fmt, fmt.rule(scale_rule), tensor_scale, torch.finfo(dtype).max)
+    if rounding == "nearest":
+        code = round_nearest(t, fmt.element)
+    else:
+        assert seed is not None
+        u = philox.uniform(tuple(x.shape), seed, stream, x.device).movedim(axis, -1)
+        code = round_stochastic(t, fmt.element, _to_blocks(u, fmt.block, edge))
+    code = code + 8 * values.signbit()
+    rows = moved.shape[-2] if moved.dim() > 1 else 1
+    codes = pack(_from_blocks(code, rows, edge))
+    stored = torch.where(bad.squeeze(-1), scaling.nan, stored)
+    return codes.contiguous(), stored.to(fmt.scale_dtype).contiguous()
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: Format,
+    axis: int,
+    size: int,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The values of packed codes: (element * scale) * tensor_scale in fp32, rounded once to `dtype`.
+
+    Args:
+        codes, scales: as `quantize` returns them.
+        axis: where the blocked axis stands in the result; `size` its logical length.
+    """
+    edge = fmt.block_2d if block_2d else None
+    element = torch.tensor(fmt.element.values, dtype=torch.float32, device=codes.device)
+    values = _to_blocks(element[unpack(codes).to(torch.int64)], fmt.block, edge)
+    values = values * _SCALINGS[fmt.levels[0].dtype].decode(scales, fmt)
+    if tensor_scale is not None:
+        values = values * tensor_scale
+    rows = codes.shape[-2] if codes.dim() > 1 else 1
+    flat = _from_blocks(values, rows, edge)[..., :size]
+    return flat.to(dtype).movedim(-1, axis).contiguous()
+
+
+def fake_quantize(
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    rounding: str,
+    scale_rule: str,
+    block_2d: bool,
+    tensor_scale: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    dtype: torch.dtype,
+    fold: bool,
+) -> Tensor:
+    """dequantize(quantize(x)); `fold=False` leaves the tensor scale out of the result, for a GEMM to apply."""
+    codes, scales = quantize(x, fmt, axis, rounding, scale_rule, block_2d, tensor_scale, seed, stream, dtype)
+    applied = tensor_scale if fold else None
+    return dequantize(codes, scales, applied, fmt, axis, x.shape[axis], block_2d, dtype)

@@ -1,0 +1,199 @@
+"""The table of FP4 formats. A format is a row: data that codecs, passes and backends read and never branch on.
+
+| format | block | element | scale levels | bits per value |
+|---|---|---|---|---|
+| `hif4`  | 64 | S1P2 | E6M2 per 64, one exponent bit per 8, one per 4 | 4.5 |
+| `mxfp4` | 32 | E2M1 | E8M0 per 32 | 4.25 |
+| `nvfp4` | 16 | E2M1 | E4M3 per 16, fp32 per tensor | 4.5 |
+
+Sources: OCP Microscaling Formats v1.0 (MXFP4), the NVFP4 description in NVIDIA's cuBLAS documentation, and the
+HiFloat4 paper with its authors' published kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from fp4compile.errors import FP4ValueError, unknown
+
+Tie = Literal["even", "away"]
+
+
+@dataclass(frozen=True)
+class Element:
+    """A signed 4-bit number: bit 3 is the sign, bits 2:0 index `magnitudes` (eight values, rising from 0)."""
+
+    name: str
+    magnitudes: tuple[float, ...]
+    tie: Tie
+
+    def __post_init__(self) -> None:
+        m = self.magnitudes
+        if len(m) != 8 or m[0] != 0.0 or any(a >= b for a, b in zip(m, m[1:], strict=False)):
+            raise FP4ValueError(f"element {self.name!r} needs eight magnitudes rising from 0, got {m}")
+        if self.tie not in ("even", "away"):
+            raise unknown("tie rule", self.tie, ("even", "away"))
+
+    @property
+    def max(self) -> float:
+        """The largest magnitude."""
+        return self.magnitudes[-1]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The sixteen values in the order of their codes; code 8 is -0."""
+        return self.magnitudes + tuple(-m for m in self.magnitudes)
+
+
+@dataclass(frozen=True)
+class ScaleLevel:
+    """One level of scaling: `dtype` names its encoding, `block` how many elements share it (None: the tensor)."""
+
+    dtype: Literal["e6m2", "e8m0", "e4m3", "u1", "fp32"]
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A 4-bit block format.
+
+    Attributes:
+        name: the name users write.
+        element: the 4-bit element.
+        levels: scale levels, the one that names the stored block scale first.
+        scale_dtype: dtype of one stored scale (`Quantized.scales`).
+        scale_rules: allowed `scale_rule` names, the default first. `truncation-free` is always among them.
+        aliases: names of scale rules that stand for another one.
+        block_2d: edge of a square weight block, or None where the format has none.
+        doc: one line for `fp4compile formats`.
+    """
+
+    name: str
+    element: Element
+    levels: tuple[ScaleLevel, ...]
+    scale_dtype: torch.dtype
+    scale_rules: tuple[str, ...]
+    aliases: Mapping[str, str]
+    block_2d: int | None
+    doc: str
+
+    @property
+    def block(self) -> int:
+        """Elements that share one stored scale along the contraction axis."""
+        block = self.levels[0].block
+        assert block is not None
+        return block
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether the format has one fp32 scale per tensor on top of its block scales."""
+        return any(level.block is None for level in self.levels)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per value, the per-tensor scale not counted."""
+        return 4 + 8 * self.scale_dtype.itemsize / self.block
+
+    def rule(self, scale_rule: str | None) -> str:
+        """The scale rule that `scale_rule` (None: the default) stands for; raises for an unknown one."""
+        if scale_rule is None:
+            return self.scale_rules[0]
+        if scale_rule not in self.scale_rules:
+            raise unknown(f"scale rule of format {self.name}:", scale_rule, self.scale_rules)
+        return self.aliases.get(scale_rule, scale_rule)
+
+    def is_truncation_free(self, scale_rule: str | None) -> bool:
+        """Whether no value of a block can exceed the grid under `scale_rule`: what unbiased SR needs."""
+        return self.rule(scale_rule) == self.rule("truncation-free")
+
+
+E2M1 = Element("E2M1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), tie="even")
+S1P2 = Element("S1P2", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), tie="away")
+
+_BUILTIN = (
+    Format(
+        name="hif4",
+        element=S1P2,
+        levels=(ScaleLevel("e6m2", 64), ScaleLevel("u1", 8), ScaleLevel("u1", 4)),
+        scale_dtype=torch.int32,
+        scale_rules=("authors", "truncation-free"),
+        aliases=MappingProxyType({}),
+        block_2d=None,
+        doc="HiFloat4: three scale levels over 64 values",
+    ),
+    Format(
+        name="mxfp4",
+        element=E2M1,
+        levels=(ScaleLevel("e8m0", 32),),
+        scale_dtype=torch.uint8,
+        scale_rules=("floor", "ceil", "even", "rceil", "truncation-free"),
+        aliases=MappingProxyType({"truncation-free": "rceil"}),
+        block_2d=32,
+        doc="OCP MXFP4: a power-of-two scale per 32 values",
+    ),
+    Format(
+        name="nvfp4",
+        element=E2M1,
+        levels=(ScaleLevel("e4m3", 16), ScaleLevel("fp32", None)),
+        scale_dtype=torch.uint8,
+        scale_rules=("nearest", "truncation-free"),
+        aliases=MappingProxyType({}),
+        block_2d=16,
+        doc="NVFP4: an E4M3 scale per 16 values and an fp32 scale per tensor",
+    ),
+)
+
+
+class FormatTable(Mapping[str, Format]):
+    """The registered formats by name; an unknown name raises an error that lists the known ones."""
+
+    def __init__(self, formats: tuple[Format, ...]) -> None:
+        self._rows = {f.name: f for f in formats}
+
+    def __getitem__(self, name: str) -> Format:
+        try:
+            return self._rows[name]
+        except (KeyError, TypeError):
+            raise unknown("format", name, self._rows) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, fmt: Format) -> None:
+        """Add a row; a name that is taken by a different row is an error."""
+        if self._rows.setdefault(fmt.name, fmt) != fmt:
+            raise FP4ValueError(f"a different format named {fmt.name!r} is registered already")
+
+
+FORMATS = FormatTable(_BUILTIN)
+
+
+def register_format(fmt: Format) -> Format:
+    """Add a format to `FORMATS`. Its first scale level must be `e6m2`, `e8m0` or `e4m3`.
+
+    Returns:
+        The format, so that the call can stand in an assignment.
+
+    Raises:
+        FP4ValueError: the name is taken, the block is odd, or no scale codec reads the first level.
+    """
+    first = fmt.levels[0]
+    if first.dtype not in ("e6m2", "e8m0", "e4m3") or first.block is None or first.block % 2:
+        raise FP4ValueError(
+            f"format {fmt.name!r}: the first scale level must be e6m2, e8m0 or e4m3 over an even block, got {first}"
+        )
+    if "truncation-free" not in fmt.scale_rules:
+        raise FP4ValueError(f"format {fmt.name!r}: scale_rules must name 'truncation-free'")
+    FORMATS.add(fmt)
+    return fmt

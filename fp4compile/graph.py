@@ -1,0 +1,351 @@
+"""GEMM sites and their roles, verification, and the one printer of graphs.
+
+The joint forward + backward graph of AOTAutograd tells everything: what depends only on parameters is a weight, what
+depends on a tangent is backward, and a backward GEMM carries the autograd sequence number (`seq_nr`) of the forward
+GEMM it belongs to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+from fp4compile.errors import RewriteError
+from fp4compile.recipe import OPERANDS, Operand, Role
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class GemmOp:
+    """Where a matmul op keeps its operands: argument positions of A and B and their contraction axes."""
+
+    kind: str
+    a: int
+    b: int
+    a_axis: int
+    b_axis: int
+
+
+# The canonical spellings; passes.canonicalise brings the others to one of them.
+GEMM_OPS: Mapping[Any, GemmOp] = {
+    aten.mm.default: GemmOp("linear", 0, 1, -1, -2),
+    aten.addmm.default: GemmOp("linear", 1, 2, -1, -2),
+    aten.bmm.default: GemmOp("linear", 0, 1, -1, -2),
+    aten._grouped_mm.default: GemmOp("grouped", 0, 1, -1, -2),
+}
+
+# Ops that move values without changing them: looking through them finds where an operand comes from.
+MOVES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+
+
+@dataclass
+class Site:
+    """A GEMM that reads a weight, or belongs to one that does.
+
+    Attributes:
+        node: the matmul.
+        role, kind, path, parameter: as in `report.SiteRecord`.
+        arguments: operand name -> position in `node.args`.
+        axes: operand name -> contraction axis, counted from the end.
+        specs: what the recipe decided; None for an operand in high precision.
+        status, reason: as in `report.SiteRecord`.
+        kernels: kernels that will run it.
+        flops: 2 M N K.
+        weight_bytes: bytes of the weight in the model's dtype, and packed.
+    """
+
+    node: Node
+    role: Role
+    kind: str
+    path: str
+    parameter: str
+    arguments: dict[str, int]
+    axes: dict[str, int]
+    specs: dict[str, Operand | None] = field(default_factory=dict)
+    status: str = "kept"
+    reason: str = ""
+    kernels: list[str] = field(default_factory=list)
+    flops: int = 0
+    weight_bytes: tuple[int, int] = (0, 0)
+
+    def operand(self, name: str) -> Node:
+        """The node that the GEMM reads as operand `name`."""
+        node = self.node.args[self.arguments[name]]
+        assert isinstance(node, Node)
+        return node
+
+    @property
+    def where(self) -> str:
+        """Role, module and source line, for messages."""
+        return f"{self.role} GEMM of {self.path or '(root module)'!r} ({self.node.name}{source_line(self.node)})"
+
+
+def source_line(node: Node) -> str:
+    """', file:line' of the user's code that made the node, or ''."""
+    trace = node.meta.get("stack_trace") or ""
+    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    return f", {found[-1][0]}:{found[-1][1]}" if found else ""
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that a node belongs to, forward or backward; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def clean_path(raw: str) -> str:
+    """`L['self']._modules['layers']._modules['0'].a` -> `layers.0.a`: Dynamo's source names as users write them."""
+    path = re.sub(r"^[LG]\['[^']*'\]", "", raw)
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    parts = [p for p in path.split(".") if p and p not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts)
+
+
+def origin(node: Node) -> Node:
+    """The node whose values `node` moves: through views, transposes and casts of nothing else."""
+    while node.op == "call_function" and node.target in MOVES:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def digraph(graph: Graph) -> nx.DiGraph:
+    """The data flow of an FX graph: an edge from each node to each of its users."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    return flow
+
+
+def _reachable(flow: nx.DiGraph, sources: Iterable[Node]) -> set[Node]:
+    start = object()
+    flow.add_node(start)
+    flow.add_edges_from((start, source) for source in sources)
+    found = nx.descendants(flow, start)
+    flow.remove_node(start)
+    return found
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name,
+    `backward` holds the nodes that depend on a tangent."""
+
+    weights: dict[Node, str]
+    backward: set[Node]
+
+
+def data_flow(graph: Graph, parameters: Mapping[Node, str]) -> Flow:
+    """Classify the nodes of a joint or inference graph; `parameters` names the inputs that are parameters."""
+    flow = digraph(graph)
+    tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and _is_tensor(n)]
+    on_data = _reachable(flow, [n for n in tensors if n not in parameters])
+    weights = dict(parameters)
+    for node in graph.nodes:  # in topological order
+        if node.op == "call_function" and node not in on_data:
+            name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
+            if name is not None:
+                weights[node] = name
+    return Flow(weights, _reachable(flow, [n for n in tensors if is_tangent(n)]))
+
+
+def is_tangent(node: Node) -> bool:
+    """Whether a placeholder of a joint graph is an incoming gradient."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
+    """Every GEMM that reads a weight, and the dgrad and wgrad GEMMs that belong to it, in graph order.
+
+    A forward GEMM has a weight operand. A backward GEMM with one is its dgrad. A backward GEMM without one is a wgrad
+    when it shares the autograd sequence number of a forward site and reads the same input; the GEMMs of attention
+    read no weight and share nothing with a site, so they are none.
+    """
+    flow = data_flow(graph, parameters)
+    sites: list[Site] = []
+    by_sequence: dict[Any, list[Site]] = defaultdict(list)
+    by_input: dict[Node, list[Site]] = defaultdict(list)
+    by_parameter: dict[str, list[Site]] = defaultdict(list)
+    for node in graph.nodes:
+        op = GEMM_OPS.get(node.target)
+        if op is None:
+            continue
+        if node not in flow.backward:
+            site = _forward_site(node, op, flow)
+            if site:
+                by_sequence[node.meta.get("seq_nr")].append(site)
+                by_input[origin(site.operand("input"))].append(site)
+                by_parameter[site.parameter].append(site)
+        else:
+            site = _backward_site(node, op, flow, by_sequence, by_input, by_parameter)
+        if site:
+            sites.append(site)
+    return sites
+
+
+def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: str) -> Site:
+    """A site whose A operand is `first`."""
+    second = next(name for name in OPERANDS[role] if name != first)
+    return Site(
+        node,
+        role,
+        op.kind,
+        path,
+        parameter,
+        arguments={first: op.a, second: op.b},
+        axes={first: op.a_axis, second: op.b_axis},
+    )
+
+
+def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
+    a, b = node.args[op.a], node.args[op.b]
+    weight = b if b in flow.weights else a if a in flow.weights else None
+    if weight is None:
+        return None
+    first = "input" if weight is b else "weight"
+    return _site(node, op, "forward", first, module_path(node), flow.weights[weight])
+
+
+def _backward_site(
+    node: Node,
+    op: GemmOp,
+    flow: Flow,
+    by_sequence: Mapping[Any, list[Site]],
+    by_input: Mapping[Node, list[Site]],
+    by_parameter: Mapping[str, list[Site]],
+) -> Site | None:
+    a, b = node.args[op.a], node.args[op.b]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    same_sequence = by_sequence.get(node.meta.get("seq_nr"), [])
+    weight = next((n for n in (b, a) if n in flow.weights), None)
+    if weight is not None:
+        parameter = flow.weights[weight]
+        owners = [s for s in same_sequence if s.parameter == parameter] or by_parameter.get(parameter, [])
+        path = owners[-1].path if owners else module_path(node)
+        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter)
+    grad, other = (a, b) if a in flow.backward else (b, a)
+    source = origin(other)
+    owners = [s for s in same_sequence if origin(s.operand("input")) is source] or by_input.get(source, [])
+    if other in flow.backward or not owners:
+        return None
+    owner = _same_shape(owners, node) or owners[-1]
+    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter)
+
+
+def _same_shape(owners: list[Site], node: Node) -> Site | None:
+    """The owner of a shared input whose weight has the shape of this gradient (either way round), if only one has."""
+    shape = sorted(map(str, node.meta["val"].shape))
+    fitting = [s for s in owners if sorted(map(str, s.operand("weight").meta["val"].shape)) == shape]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def flops(site: Site) -> int:
+    """2 M N K of a GEMM, with the values that symbolic sizes were traced with."""
+    out = site.node.meta["val"]
+    a_name = min(site.arguments, key=lambda name: site.arguments[name])
+    contraction = site.operand(a_name).meta["val"].shape[site.axes[a_name]]
+    total = 2
+    for size in (*out.shape, contraction):
+        total *= size_hint(size)
+    return total
+
+
+def size_hint(size: Any) -> int:
+    """The traced value of a size; 0 for one that depends on data."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint if size.node.has_hint() else None
+    return int(hint) if hint is not None else 0
+
+
+# --- verification and printing ---------------------------------------------------------------------------------------
+
+
+def verify(graph: Graph, after: str) -> None:
+    """Raise unless the graph is well formed: defined before use, every call with a value, no op of another project.
+
+    Args:
+        after: the pass to blame.
+    """
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise RewriteError(f"pass {after!r} left a malformed graph: {error}") from error
+    for node in graph.nodes:
+        if node.op == "call_function" and node.meta.get("fp4compile") and "val" not in node.meta:
+            raise RewriteError(f"pass {after!r} inserted {node.name} without meta['val']")
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "float8_e4m3fn": "f8"}
+        name = str(value.dtype).removeprefix("torch.")
+        match = re.fullmatch(r"([a-z]+)(\d*)", name)
+        name = short.get(match[1], match[1]) + match[2] if match else name
+        return f"{name}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_type(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Node):
+        return f"%{value.name}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_argument, value)) + "]"
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    return repr(value)
+
+
+def _call(node: Node) -> str:
+    name = str(node.target).removesuffix(".default") if node.op == "call_function" else str(node.target)
+    name = "getitem" if getattr(node.target, "__name__", "") == "getitem" else name
+    arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+    return f"{name}({', '.join(arguments)})"
+
+
+def text(graph: Graph, sites: Iterable[Site] = ()) -> str:
+    """The graph, one node a line: `%name: dtype[shape] = op(args)  # what the GEMM is`."""
+    about = {site.node: site for site in sites}
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {_argument(node.args[0])}")
+            continue
+        value = "val" in node.meta and node.meta["val"] is not None
+        kind = f": {_type(node.meta['val'])}" if value else ""
+        body = {"placeholder": "input", "get_attr": f"attribute {node.target}"}.get(node.op) or _call(node)
+        site = about.get(node)
+        note = f"  # {site.role} {site.path or '(root)'}: {site.status}" if site else ""
+        lines.append(f"%{node.name}{kind} = {body}{note}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,437 @@
+"""The table of ops: one row per op of `torch.ops.fp4compile`, the format an argument and never part of the name.
+
+A row holds the schema, the reference implementation (compositions of `codec`), the shape rule and sample inputs. The
+samples of an op times the kernels of a backend generate that backend's tests. Every op is opaque to compilers: what
+runs inside one is the same eager and compiled, so the bits are too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile import codec
+from fp4compile.errors import FP4ValueError
+from fp4compile.formats import FORMATS
+from fp4compile.hadamard import hadamard as _hadamard
+
+LIBRARY = torch.library.Library("fp4compile", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        name: `torch.ops.fp4compile.<name>`.
+        schema: arguments and results in torch's schema language.
+        reference: the implementation that every kernel must agree with.
+        fake: the shape rule.
+        samples: argument tuples that a kernel is tested on.
+        tags: torch tags.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    samples: Callable[[], Iterator[Mapping[str, Any]]]
+    tags: tuple[torch.Tag, ...] = field(default=())
+
+    @property
+    def overload(self) -> Any:
+        """The callable that graphs hold: `torch.ops.fp4compile.<name>.default`."""
+        return getattr(torch.ops.fp4compile, self.name).default
+
+
+def _ceil(size: Any, block: int) -> Any:
+    """size / block rounded up; keeps symbolic sizes symbolic."""
+    return (size + block - 1) // block
+
+
+def _axis(axis: int, ndim: int) -> int:
+    return axis + ndim if axis < 0 else axis
+
+
+def _transformed_shape(x: Tensor, axis: int, hadamard: int) -> list[Any]:
+    shape = list(x.shape)
+    if hadamard:
+        shape[_axis(axis, x.dim())] = _ceil(shape[axis], hadamard) * hadamard
+    return shape
+
+
+def _transform(x: Tensor, axis: int, hadamard: int, sign_seed: Tensor | None) -> Tensor:
+    return _hadamard(x, axis, hadamard, sign_seed) if hadamard else x
+
+
+def _tensor_scale(x: Tensor, format: str, axis: int = -1, hadamard: int = 0, sign_seed: Tensor | None = None) -> Tensor:
+    return codec.tensor_scale(_transform(x, axis, hadamard, sign_seed), FORMATS[format])
+
+
+def _quantize(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    block_2d: bool = False,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    fmt = FORMATS[format]
+    t = _transform(x, axis, hadamard, sign_seed)
+    rule = fmt.rule(scale_rule)
+    return codec.quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, dtype or x.dtype)
+
+
+def _quantize_fake(
+    x: Tensor, format: str, axis: int, *args: Any, block_2d: bool = False, hadamard: int = 0, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    block_2d, hadamard = (args[2] if len(args) > 2 else block_2d), (args[6] if len(args) > 6 else hadamard)
+    fmt = FORMATS[format]
+    shape = _transformed_shape(x, axis, hadamard)
+    size = shape.pop(axis)
+    block = fmt.block_2d if block_2d and fmt.block_2d else fmt.block
+    blocks = _ceil(size, block)
+    codes = x.new_empty([*shape, blocks * (block // 2)], dtype=torch.uint8)
+    if block_2d:
+        shape[-1] = _ceil(shape[-1], block)
+    return codes, x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
+
+
+def _dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    axis: int,
+    size: int,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codec.dequantize(codes, scales, tensor_scale, FORMATS[format], axis, size, block_2d, dtype)
+
+
+def _dequantize_fake(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    axis: int,
+    size: Any,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = list(codes.shape[:-1])
+    shape.insert(_axis(axis, codes.dim()), size)
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def _fake_quantize(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    block_2d: bool = False,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    fold: bool = True,
+) -> Tensor:
+    fmt = FORMATS[format]
+    t = _transform(x, axis, hadamard, sign_seed)
+    rule = fmt.rule(scale_rule)
+    return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
+
+
+def _fake_quantize_fake(
+    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any
+) -> Tensor:
+    return x.new_empty(_transformed_shape(x, axis, args[6] if len(args) > 6 else hadamard))
+
+
+def _hadamard_fake(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Tensor:
+    return x.new_empty(_transformed_shape(x, axis, size), dtype=torch.float32)
+
+
+def _dense(
+    values: Tensor, scales: Tensor | None, format: str, k: int, block_2d: bool, dtype: torch.dtype
+) -> Tensor:
+    """An operand of `mm` in `dtype`, the contraction axis last."""
+    if not format:
+        return values.to(dtype)
+    assert scales is not None
+    return codec.dequantize(values, scales, None, FORMATS[format], -1, k, block_2d, dtype)
+
+
+def _mm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+    a_format: str = "",
+    b_format: str = "",
+    b_block_2d: bool = False,
+    k: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    left = _dense(a, a_scales, a_format, k, False, torch.float32)
+    right = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
+    out = left @ (right.mT if b_format else right)
+    for scale in (a_tensor_scale, b_tensor_scale):
+        out = out if scale is None else out * scale
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(dtype or a.dtype)
+
+
+def _mm_fake(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+    a_format: str = "",
+    b_format: str = "",
+    b_block_2d: bool = False,
+    k: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    columns = b.shape[-2] if b_format else b.shape[-1]
+    return a.new_empty([*a.shape[:-1], columns], dtype=dtype or a.dtype)
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.randint(0, 2**32, (), dtype=torch.int64, device=device)
+
+
+def _draw_seed_fake(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _inputs() -> Iterator[tuple[Tensor, int]]:
+    """Tensors and axes: ragged, whole, transposed, empty, one token, each dtype, and values that are not finite."""
+    yield _tensor(4, 128), -1
+    yield _tensor(64, 40, dtype=torch.bfloat16), 0
+    yield _tensor(3, 70, dtype=torch.float16), 1
+    yield _tensor(2, 5, 33), 1
+    yield _tensor(48, 130).t(), -1
+    yield _tensor(0, 64), -1
+    yield _tensor(0, 64), 0
+    yield _tensor(1, 200, dtype=torch.bfloat16), -1
+    special = _tensor(4, 96) * 1e4
+    special[0, 3], special[1, 40], special[2] = float("nan"), float("-inf"), -0.0
+    special[3, :8] = torch.tensor([1e-40, -1e-40, 1e-45, 2e-38, 3e38, -3e38, 0.0, -0.0])
+    yield special, -1
+    yield special, 0
+
+
+_SEED = torch.tensor(1234, dtype=torch.int64)
+
+
+def _quantize_samples() -> Iterator[Mapping[str, Any]]:
+    for name, fmt in FORMATS.items():
+        for x, axis in _inputs():
+            base = {"x": x, "format": name, "axis": axis}
+            yield base
+            for rule in fmt.scale_rules:
+                yield {**base, "scale_rule": rule}
+            stochastic = {"rounding": "stochastic", "seed": _SEED, "stream": 7}
+            yield {**base, **stochastic, "scale_rule": "truncation-free"}
+            yield {**base, "hadamard": 16, "sign_seed": _SEED}
+            yield {**base, **stochastic, "hadamard": 64}
+            if fmt.block_2d:
+                yield {**base, "block_2d": True}
+            if fmt.has_tensor_scale:
+                yield {**base, "tensor_scale": codec.tensor_scale(x, fmt)}
+                yield {**base, "tensor_scale": torch.tensor(0.01), "block_2d": True}
+
+
+def _tensor_scale_samples() -> Iterator[Mapping[str, Any]]:
+    for name, fmt in FORMATS.items():
+        if fmt.has_tensor_scale:
+            for x, axis in _inputs():
+                yield {"x": x, "format": name}
+                yield {"x": x, "format": name, "axis": axis, "hadamard": 16}
+
+
+def _dequantize_samples() -> Iterator[Mapping[str, Any]]:
+    for sample in _quantize_samples():
+        if "hadamard" in sample or "rounding" in sample:
+            continue
+        codes, scales = _quantize(**sample)
+        x, axis, format = sample["x"], sample["axis"], sample["format"]
+        for scale in {None, sample.get("tensor_scale")}:
+            yield {
+                "codes": codes,
+                "scales": scales,
+                "tensor_scale": scale,
+                "format": format,
+                "axis": axis,
+                "size": x.shape[axis],
+                "block_2d": sample.get("block_2d", False),
+                "dtype": x.dtype,
+            }
+
+
+def _fake_quantize_samples() -> Iterator[Mapping[str, Any]]:
+    for sample in _quantize_samples():
+        yield sample
+        if sample.get("tensor_scale") is not None:
+            yield {**sample, "fold": False}
+
+
+def _hadamard_samples() -> Iterator[Mapping[str, Any]]:
+    for x, axis in _inputs():
+        for size in (2, 16, 64):
+            yield {"x": x, "axis": axis, "size": size}
+            yield {"x": x, "axis": axis, "size": size, "seed": _SEED}
+
+
+def _mm_samples() -> Iterator[Mapping[str, Any]]:
+    a, b, bias = _tensor(5, 70), _tensor(70, 9, seed=1), _tensor(9, seed=2)
+    scale = torch.tensor(0.37)
+    yield {"a": a, "b": b}
+    yield {"a": a[None], "b": b[None], "a_tensor_scale": scale}
+    yield {"a": a.bfloat16(), "b": b.bfloat16(), "bias": bias.bfloat16(), "a_tensor_scale": scale}
+    for name, fmt in FORMATS.items():
+        a_codes, a_scales = _quantize(a, name, -1)
+        for block_2d in {False, fmt.block_2d is not None}:
+            b_codes, b_scales = _quantize(b, name, 0, block_2d=block_2d)
+            weight = {"b": b_codes, "b_scales": b_scales, "b_format": name, "b_block_2d": block_2d, "k": 70}
+            yield {"a": a, "bias": bias, **weight}
+            yield {"a": a.bfloat16(), **weight}
+            yield {"a": a_codes, "a_scales": a_scales, "a_format": name, **weight, "dtype": torch.bfloat16}
+
+
+def _draw_seed_samples() -> Iterator[Mapping[str, Any]]:
+    yield {"device": torch.device("cpu")}
+
+
+_QUANTIZE_ARGS = (
+    "Tensor x, str format, int axis, str rounding='nearest', str? scale_rule=None, bool block_2d=False, "
+    "Tensor? tensor_scale=None, Tensor? seed=None, int stream=0, int hadamard=0, Tensor? sign_seed=None"
+)
+
+_ROWS = (
+    Op(
+        "tensor_scale",
+        "(Tensor x, str format, int axis=-1, int hadamard=0, Tensor? sign_seed=None) -> Tensor",
+        _tensor_scale,
+        lambda x, *args, **kwargs: x.new_empty((), dtype=torch.float32),
+        _tensor_scale_samples,
+    ),
+    Op(
+        "quantize",
+        f"({_QUANTIZE_ARGS}, ScalarType? dtype=None) -> (Tensor, Tensor)",
+        _quantize,
+        _quantize_fake,
+        _quantize_samples,
+    ),
+    Op(
+        "dequantize",
+        "(Tensor codes, Tensor scales, Tensor? tensor_scale, str format, int axis, SymInt size, bool block_2d, "
+        "ScalarType dtype) -> Tensor",
+        _dequantize,
+        _dequantize_fake,
+        _dequantize_samples,
+    ),
+    Op(
+        "fake_quantize",
+        f"({_QUANTIZE_ARGS}, bool fold=True) -> Tensor",
+        _fake_quantize,
+        _fake_quantize_fake,
+        _fake_quantize_samples,
+    ),
+    Op(
+        "hadamard",
+        "(Tensor x, int axis, int size, Tensor? seed=None) -> Tensor",
+        _hadamard,
+        _hadamard_fake,
+        _hadamard_samples,
+    ),
+    Op(
+        "mm",
+        "(Tensor a, Tensor b, Tensor? bias=None, Tensor? a_scales=None, Tensor? b_scales=None, "
+        "Tensor? a_tensor_scale=None, Tensor? b_tensor_scale=None, str a_format='', str b_format='', "
+        "bool b_block_2d=False, SymInt k=-1, ScalarType? dtype=None) -> Tensor",
+        _mm,
+        _mm_fake,
+        _mm_samples,
+    ),
+    Op(
+        "draw_seed",
+        "(Device device) -> Tensor",
+        _draw_seed,
+        _draw_seed_fake,
+        _draw_seed_samples,
+        tags=(torch.Tag.nondeterministic_seeded,),
+    ),
+)
+
+OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ROWS})
+
+for _op in _ROWS:
+    LIBRARY.define(_op.name + _op.schema, tags=_op.tags)
+    LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fp4compile::{_op.name}", _op.fake, lib=LIBRARY)
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, *([None] * ctx.others)
+
+
+def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    if inputs[9]:
+        raise FP4ValueError("fake_quantize with a Hadamard transform has no straight-through gradient")
+    ctx.others = len(inputs) - 1
+
+
+def _setup_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, bias, a_scales, b_scales, a_ts, b_ts, a_format, b_format, b_block_2d, k, dtype = inputs
+    if not b_format:
+        raise FP4ValueError("fp4compile.mm is differentiable only with a packed second operand (frozen weights)")
+    ctx.save_for_backward(b, b_scales, b_ts)
+    ctx.b_format, ctx.b_block_2d, ctx.k, ctx.a_dtype = b_format, b_block_2d, k, a.dtype
+    ctx.bias = None if bias is None else (bias.dtype, bias.dim())
+
+
+def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    b, b_scales, b_ts = ctx.saved_tensors
+    weight = torch.ops.fp4compile.dequantize(b, b_scales, b_ts, ctx.b_format, -1, ctx.k, ctx.b_block_2d, grad.dtype)
+    grad_bias = None
+    if ctx.bias is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias[0])
+    return ((grad @ weight).to(ctx.a_dtype), None, grad_bias, *([None] * 9))
+
+
+# Quantisation is a staircase: its useful gradient is the straight-through one (Bengio et al., 2013).
+torch.library.register_autograd(
+    "fp4compile::fake_quantize", _straight_through, setup_context=_setup_straight_through, lib=LIBRARY
+)
+torch.library.register_autograd("fp4compile::mm", _mm_backward, setup_context=_setup_mm, lib=LIBRARY)

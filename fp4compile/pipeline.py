@@ -1,0 +1,213 @@
+"""Passes, the pipeline that orders and drives them, and the context that travels along."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fp4compile.backend import Backend
+from fp4compile.errors import FP4TypeError, FP4ValueError, RewriteError, unknown
+from fp4compile.graph import Site, verify
+from fp4compile.recipe import Recipe
+from fp4compile.report import Report, SiteRecord
+
+GROUP = "fp4compile.pipelines"
+
+
+@dataclass
+class Context:
+    """Everything a pass may read or write besides the graph. One per graph.
+
+    Attributes:
+        recipe, backend, device, strict: what the user asked for.
+        parameters: inputs of the graph that are parameters, with their names.
+        embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
+        depths: number of blocks of each repeated block list, by its path ("model.layers" -> 32).
+        inner: whether the compiled module is a part of a larger one, so that paths do not start at the model.
+        sites: GEMMs, from `find_sites` on.
+        facts: what holds of the graph now.
+        notes: for the report.
+    """
+
+    recipe: Recipe
+    backend: Backend
+    device: str = "cpu"
+    strict: bool = True
+    parameters: dict[Node, str] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    depths: dict[str, int] = field(default_factory=dict)
+    inner: bool = False
+    sites: list[Site] = field(default_factory=list)
+    facts: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def refuse(self, site: Site, reason: str) -> None:
+        """A GEMM that the recipe asked for cannot be done: an error when strict, else it stays as it is."""
+        if self.strict:
+            raise RewriteError(
+                f"recipe {self.recipe.name!r}: the {site.where} cannot be FP4: {reason}. "
+                f"Keep it (keep=[{site.path!r}]), or pass strict=False to leave such GEMMs in high precision."
+            )
+        site.status, site.reason = "refused", reason
+        site.specs = dict.fromkeys(site.arguments)
+
+    def report(self) -> Report:
+        """The ledger of this graph."""
+        before = after = 0
+        records = []
+        for site in self.sites:
+            formats = {n: spec.format if spec else None for n, spec in site.specs.items()}
+            records.append(
+                SiteRecord(
+                    site.path,
+                    site.role,
+                    site.kind,
+                    site.status,
+                    formats or dict.fromkeys(site.arguments),
+                    " + ".join(dict.fromkeys(site.kernels)),
+                    site.reason,
+                    site.parameter,
+                    site.flops,
+                )
+            )
+            if site.role == "forward" and formats.get("weight"):
+                before, after = before + site.weight_bytes[0], after + site.weight_bytes[1]
+        return Report(
+            self.recipe.name,
+            self.backend.name,
+            self.device,
+            records,
+            list(self.notes),
+            graphs=1,
+            pass_seconds=dict(self.seconds),
+            weight_bytes=(before, after),
+        )
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """One verb. A frozen dataclass whose fields are its options.
+
+    `needs` are facts that must hold before, `gives` facts that hold after. `run` rewrites the graph in place and
+    returns how many rewrites it made; the driver cleans up and verifies.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    gives: ClassVar[tuple[str, ...]]
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        """Rewrite `graph_module.graph`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; the order is checked against the facts that they need and give."""
+
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        facts: set[str] = set()
+        for step in self.passes:
+            missing = [fact for fact in step.needs if fact not in facts]
+            if missing:
+                raise FP4ValueError(f"pass {step.name!r} needs {missing}, which no pass before it gives")
+            facts.update(step.gives)
+
+    def run(
+        self,
+        graph_module: GraphModule,
+        context: Context,
+        observe: Callable[[Pass, Graph, Context], None] | None = None,
+    ) -> None:
+        """Run every pass; `observe` sees the graph after each."""
+        for step in self.passes:
+            self._run_one(step, graph_module, context)
+            if observe:
+                observe(step, graph_module.graph, context)
+
+    def _run_one(self, step: Pass, graph_module: GraphModule, context: Context) -> None:
+        start = time.perf_counter()
+        graph = graph_module.graph
+        if step.run(graph_module, context):
+            graph.eliminate_dead_code()
+            verify(graph, step.name)
+        context.facts.update(step.gives)
+        context.seconds[step.name] = context.seconds.get(step.name, 0.0) + time.perf_counter() - start
+
+    def select(self, names: Sequence[str]) -> Pipeline:
+        """The pipeline of the named passes only, in the order given."""
+        table = {step.name: step for step in self.passes}
+        for name in names:
+            if name not in table:
+                raise unknown("pass", name, table)
+        return Pipeline(tuple(table[name] for name in names))
+
+
+_EXTRA: list[tuple[Pass, str]] = []
+
+
+def register_pass(step: Pass, after: str) -> Pass:
+    """Add a pass to the default pipeline, behind the one named `after`.
+
+    Raises:
+        FP4TypeError: not a pass. FP4ValueError: no pass of that name, or facts that do not hold there.
+    """
+    if not isinstance(step, Pass) or not is_dataclass(step):
+        raise FP4TypeError(f"register_pass needs a frozen dataclass with name, needs, gives and run, got {step!r}")
+    _EXTRA.append((step, after))
+    try:
+        default_pipeline()
+    except FP4ValueError:
+        _EXTRA.pop()
+        raise
+    return step
+
+
+@cache
+def _own_passes() -> tuple[Pass, ...]:
+    found = {e.name: e for e in importlib.metadata.entry_points(group=GROUP)}
+    # A bare checkout on PYTHONPATH has no entry points.
+    own = importlib.metadata.EntryPoint("default", "fp4compile.passes:PIPELINE", GROUP)
+    passes: tuple[Pass, ...] = found.get("default", own).load()
+    return passes
+
+
+def default_pipeline() -> Pipeline:
+    """The passes of `fp4compile.passes.PIPELINE` with those that were registered."""
+    passes = list(_own_passes())
+    for step, after in _EXTRA:
+        names = [p.name for p in passes]
+        if after not in names:
+            raise unknown("pass", after, names)
+        passes.insert(names.index(after) + 1, step)
+    return Pipeline(tuple(passes))
+
+
+@cache
+def _sources() -> str:
+    """A hash of this package's own sources: a change of a pass must not find graphs of the old one in a cache."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in (root, root / "passes", root / "backends"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(context: Context, pipeline: Pipeline) -> bytes:
+    """What compile caches must key on: recipe, options, passes with their options, our sources and torch's version."""
+    steps = [(type(p).__qualname__, [(f.name, getattr(p, f.name)) for f in fields(p)]) for p in pipeline.passes]  # type: ignore[arg-type]
+    key: tuple[Any, ...] = (context.recipe, context.backend.name, context.strict, steps, _sources(), torch.__version__)
+    return hashlib.sha256(repr(key).encode()).digest()

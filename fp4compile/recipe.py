@@ -1,0 +1,380 @@
+"""Recipes: which operand of which GEMM becomes what. A recipe is data: it can be saved, loaded, compared and overridden.
+
+fprop Y = X W^T reads `input` and `weight`, dgrad dX = dY W reads `grad` and `weight`, wgrad dW = dY^T X reads `grad` and
+`input`. The first rule whose glob and role match a GEMM decides; no rule, or a rule without operands, keeps it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
+from fp4compile.files import write_atomically
+from fp4compile.formats import FORMATS
+from fp4compile.hadamard import check_size
+from fp4compile.quantized import ROUNDINGS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Role = Literal["forward", "dgrad", "wgrad"]
+ROLES: tuple[Role, ...] = ("forward", "dgrad", "wgrad")
+
+# The operands each role reads.
+OPERANDS: Mapping[str, tuple[str, str]] = {
+    "forward": ("input", "weight"),
+    "dgrad": ("grad", "weight"),
+    "wgrad": ("grad", "input"),
+}
+
+# Last path components of output heads, which stay in high precision (as do heads tied to an embedding).
+HEADS = ("lm_head", "head", "classifier", "score", "proj_out", "embed_out")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a GEMM is quantised.
+
+    Attributes:
+        format: a name in `FORMATS`.
+        rounding: "nearest" or "stochastic".
+        scale_rule: a scale rule of the format, None for its default.
+        hadamard: size of the Hadamard transform along the contraction axis, 0 for none; both operands of a GEMM
+            must agree.
+        block_2d: square scale tiles, the same for a weight and its transpose.
+        tensor_scale: use the format's per-tensor scale, where it has one.
+    """
+
+    format: str
+    rounding: str = "nearest"
+    scale_rule: str | None = None
+    hadamard: int = 0
+    block_2d: bool = False
+    tensor_scale: bool = True
+
+    def __post_init__(self) -> None:
+        fmt = FORMATS[self.format]
+        fmt.rule(self.scale_rule)
+        if self.rounding not in ROUNDINGS:
+            raise unknown("rounding", self.rounding, ROUNDINGS)
+        if self.hadamard:
+            check_size(self.hadamard)
+        if self.block_2d and fmt.block_2d is None:
+            raise FP4ValueError(f"format {self.format} has no 2-D blocks")
+        if self.block_2d and self.hadamard:
+            raise FP4ValueError("2-D blocks are shared by both axes; a Hadamard transform along one would break that")
+
+    @property
+    def scaled_per_tensor(self) -> bool:
+        """Whether the operand carries a tensor scale."""
+        return self.tensor_scale and FORMATS[self.format].has_tensor_scale
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the GEMMs of `role` in modules matching the glob `modules` get; operands left None stay as they are."""
+
+    role: Role
+    modules: str = "*"
+    input: Operand | None = None
+    weight: Operand | None = None
+    grad: Operand | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise unknown("role", self.role, ROLES)
+        for name in ("input", "weight", "grad"):
+            if getattr(self, name) is not None and name not in OPERANDS[self.role]:
+                raise FP4ValueError(f"a {self.role} GEMM reads {' and '.join(OPERANDS[self.role])}, not {name}")
+        sizes = {spec.hadamard if spec else 0 for spec in self.operands.values()}
+        if len(sizes) > 1:
+            raise FP4ValueError(f"the operands of a {self.role} GEMM need the same Hadamard size, got {sorted(sizes)}")
+
+    @property
+    def operands(self) -> dict[str, Operand | None]:
+        """The two operands of the role by name."""
+        return {name: getattr(self, name) for name in OPERANDS[self.role]}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules and what is kept in high precision.
+
+    Attributes:
+        name: what `options={"recipe": ...}` and reports call it.
+        rules: the first match decides.
+        keep: globs of module paths that stay in high precision.
+        keep_heads: keep output heads (`HEADS`, or tied to an embedding).
+        keep_last: fraction of the repeated blocks (`layers.N`), counted from the end, that stays in high precision.
+        source: where the recipe comes from.
+        inferred: what the source leaves open and was decided here.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    keep: tuple[str, ...] = ()
+    keep_heads: bool = True
+    keep_last: float = 0.0
+    source: str = ""
+    inferred: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.keep_last < 1.0:
+            raise FP4ValueError(f"keep_last must be in [0, 1), got {self.keep_last}")
+
+    def rule_for(self, path: str, role: str) -> Rule | None:
+        """The rule that decides for a GEMM, or None."""
+        return next((r for r in self.rules if r.role == role and fnmatch.fnmatchcase(path, r.modules)), None)
+
+    def kept_by(self, path: str) -> str | None:
+        """The `keep` glob that matches the module path, or None."""
+        return next((glob for glob in self.keep if fnmatch.fnmatchcase(path, glob)), None)
+
+    @property
+    def operands(self) -> list[Operand]:
+        """Every operand spec of every rule."""
+        return [spec for rule in self.rules for spec in rule.operands.values() if spec]
+
+    def warn_if_biased(self) -> None:
+        """Warn about stochastic rounding under a scale rule that truncates: its expectation is not the input."""
+        for spec in dict.fromkeys(self.operands):
+            if spec.rounding == "stochastic" and not FORMATS[spec.format].is_truncation_free(spec.scale_rule):
+                warnings.warn(
+                    f"recipe {self.name!r}: stochastic rounding of {spec.format} under scale rule "
+                    f"{FORMATS[spec.format].rule(spec.scale_rule)!r} is biased, because the top of a block saturates; "
+                    "use scale_rule='truncation-free'",
+                    FP4Warning,
+                    stacklevel=2,
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without defaults, in the shape of the TOML file."""
+        rules = []
+        for rule in self.rules:
+            row: dict[str, Any] = {"role": rule.role, "modules": rule.modules}
+            row |= {name: _non_defaults(spec) for name, spec in rule.operands.items() if spec}
+            rules.append(row)
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
+        head = {k: list(v) if isinstance(v, tuple) else v for k, v in head.items()}
+        return {k: v for k, v in head.items() if v not in ("", [])} | {"rule": rules}
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as TOML."""
+        write_atomically(Path(path), tomli_w.dumps(self.to_dict()).encode())
+
+
+def _non_defaults(spec: Operand) -> dict[str, Any]:
+    defaults = asdict(Operand(spec.format))
+    return {k: v for k, v in asdict(spec).items() if k == "format" or v != defaults[k]}
+
+
+# --- TOML ------------------------------------------------------------------------------------------------------------
+
+
+def _line_of(text: str, key: str) -> int | None:
+    pattern = re.compile(rf"(^|[\s{{,\[]){re.escape(key)}\s*(=|\])")
+    return next((n for n, line in enumerate(text.splitlines(), 1) if pattern.search(line)), None)
+
+
+@dataclass
+class _Reader:
+    """Turns parsed TOML into dataclasses; its errors name the file, the line and the key."""
+
+    where: str
+    text: str
+
+    def error(self, key: str, message: str) -> FP4ValueError:
+        line = _line_of(self.text, key)
+        at = f"{self.where}:{line}" if line else self.where
+        return FP4ValueError(f"{at}: key {key!r}: {message}")
+
+    def build(self, cls: type, table: Any, key: str, **converted: Any) -> Any:
+        if not isinstance(table, dict):
+            raise self.error(key, f"expected a table, got {type(table).__name__}")
+        allowed = {f.name: f for f in fields(cls)}
+        for name, value in table.items():
+            if name not in allowed:
+                raise self.error(name, str(unknown("key", name, allowed)))
+            expected = _TOML_TYPES.get(str(allowed[name].type))
+            if name not in converted and expected and not isinstance(value, expected):
+                raise self.error(name, f"expected {allowed[name].type}, got {value!r}")
+        try:
+            return cls(**{**table, **converted})
+        except (FP4ValueError, FP4TypeError, TypeError) as error:
+            raise self.error(key, str(error)) from error
+
+    def rule(self, table: Any) -> Rule:
+        if not isinstance(table, dict):
+            raise self.error("rule", "expected an array of tables, [[rule]]")
+        names = [n for n in ("input", "weight", "grad") if n in table]
+        specs = {n: self.build(Operand, table[n], n) for n in names}
+        return self.build(Rule, table, "rule", **specs)
+
+    def recipe(self, data: dict[str, Any]) -> Recipe:
+        data = dict(data)
+        rules = data.pop("rule", None)
+        if not isinstance(rules, list) or not rules:
+            raise self.error("rule", "a recipe needs at least one [[rule]]")
+        keep = data.get("keep", [])
+        if not isinstance(keep, list) or not all(isinstance(k, str) for k in keep):
+            raise self.error("keep", f"expected a list of globs, got {keep!r}")
+        if "name" not in data:
+            raise self.error("name", "a recipe needs a name")
+        return self.build(Recipe, data, "recipe", rules=tuple(map(self.rule, rules)), keep=tuple(keep))
+
+
+_TOML_TYPES: Mapping[str, Any] = {"str": str, "str | None": str, "int": int, "bool": bool, "float": (int, float)}
+
+
+def loads(text: str, where: str = "<string>") -> Recipe:
+    """A recipe from TOML text; errors name line and key."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FP4ValueError(f"{where}: malformed TOML: {error}") from error
+    return _Reader(where, text).recipe(data)
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FP4ValueError(f"cannot read recipe {str(path)!r}: {error.strerror}") from error
+    return loads(text, str(path))
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def _training(input: Operand, weight: Operand, dgrad: tuple[Operand, Operand], wgrad: tuple[Operand, Operand]) -> tuple[Rule, ...]:
+    """Rules for all three roles; pairs are (grad, weight) and (grad, input)."""
+    return (
+        Rule("forward", input=input, weight=weight),
+        Rule("dgrad", grad=dgrad[0], weight=dgrad[1]),
+        Rule("wgrad", grad=wgrad[0], input=wgrad[1]),
+    )
+
+
+def _plain(format: str) -> Recipe:
+    spec = Operand(format)
+    return Recipe(
+        f"{format}-plain",
+        _training(spec, spec, (spec, spec), (spec, spec)),
+        source="every GEMM in every role, round to nearest, no stabiliser: arithmetic that can be re-derived by hand",
+    )
+
+
+def _inference(format: str, activations: bool) -> Recipe:
+    spec = Operand(format)
+    return Recipe(
+        f"{format}-w4a{4 if activations else 16}",
+        (Rule("forward", input=spec if activations else None, weight=spec),),
+        source="weights" + (" and activations" if activations else " only") + ", round to nearest",
+    )
+
+
+def _hif4() -> Recipe:
+    spec = Operand("hif4")
+    rht = replace(spec, hadamard=64)
+    return Recipe(
+        "hif4",
+        _training(spec, spec, (rht, rht), (rht, rht)),
+        source="HiFloat4 Format for Language Model Pre-training on Ascend NPUs: RTN, RHT-64 on backward GEMMs, no SR",
+        inferred="the RHT sits on both operands of dgrad and wgrad, with one fixed sign vector",
+    )
+
+
+def _mxfp4() -> Recipe:
+    spec = Operand("mxfp4", scale_rule="truncation-free")
+    rht = replace(spec, hadamard=32)
+    grad = replace(rht, rounding="stochastic")
+    return Recipe(
+        "mxfp4",
+        _training(spec, spec, (grad, rht), (grad, rht)),
+        source="the same paper's MXFP4 baseline: SR on gradients, RHT, truncation-free scales",
+        inferred="RHT size 32, on both operands of dgrad and wgrad, with one fixed sign vector",
+    )
+
+
+def _nvfp4() -> Recipe:
+    x, w = Operand("nvfp4"), Operand("nvfp4", block_2d=True)
+    sr = replace(x, rounding="stochastic")
+    return Recipe(
+        "nvfp4",
+        _training(x, w, (sr, w), (replace(sr, hadamard=16), replace(x, hadamard=16))),
+        keep_last=0.15,
+        source="Pretraining Large Language Models with NVFP4 (NVIDIA, 2025): 2-D weight blocks, SR on gradients, "
+        "RHT-16 on wgrad, tensor scales, about 15% of the linear layers in high precision",
+        inferred="the layers in high precision are the last 15% of the blocks",
+    )
+
+
+def _presets() -> Iterator[Recipe]:
+    yield from (_hif4(), _mxfp4(), _nvfp4())
+    for format in ("hif4", "mxfp4", "nvfp4"):
+        yield _plain(format)
+        yield _inference(format, activations=False)
+        yield _inference(format, activations=True)
+
+
+@dataclass(frozen=True)
+class RecipeTable:
+    """Recipes by name: the presets, and those that were registered."""
+
+    presets: Mapping[str, Recipe]
+    registered: dict[str, Recipe] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Every known name, presets first."""
+        return [*self.presets, *self.registered]
+
+    def get(self, name: str) -> Recipe:
+        """The recipe of that name; raises with the known names for an unknown one."""
+        found = self.registered.get(name) or self.presets.get(name)
+        if found is None:
+            raise unknown("recipe", name, self.names())
+        return found
+
+
+RECIPES = RecipeTable({recipe.name: recipe for recipe in _presets()})
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Make a recipe known by its name. A preset's name cannot be taken."""
+    if not isinstance(recipe, Recipe):
+        raise FP4TypeError(f"register_recipe needs a Recipe, got {type(recipe).__name__}")
+    if recipe.name in RECIPES.presets:
+        raise FP4ValueError(f"{recipe.name!r} is a preset; give the recipe another name")
+    RECIPES.registered[recipe.name] = recipe
+    return recipe
+
+
+def resolve(recipe: str | Path | Recipe, keep: Any = ()) -> Recipe:
+    """The recipe that a user names: a preset, a registered one, a TOML file or a `Recipe`, with `keep` globs added.
+
+    Warns where a recipe that is not a preset rounds stochastically under a biased scale rule.
+    """
+    if isinstance(recipe, str | Path):
+        text = str(recipe)
+        found = load(text) if text.endswith(".toml") else RECIPES.get(text)
+    elif isinstance(recipe, Recipe):
+        found = recipe
+    else:
+        raise FP4TypeError(f"recipe must be a name, a .toml path or a Recipe, got {type(recipe).__name__}")
+    if RECIPES.presets.get(found.name) != found:
+        found.warn_if_biased()
+    if isinstance(keep, str) or not all(isinstance(glob, str) for glob in keep):
+        raise FP4TypeError(f"keep must be a list of globs, got {keep!r}")
+    return replace(found, keep=(*found.keep, *keep)) if keep else found

@@ -1,0 +1,152 @@
+"""The ledger that travels with a compiled graph: what each GEMM became, on which kernel, and why not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Status = Literal["fp4", "kept", "refused"]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What became of one GEMM.
+
+    Attributes:
+        path: module path, "" for the root module.
+        role: "forward", "dgrad" or "wgrad".
+        kind: "linear" or "grouped".
+        status: "fp4", "kept" (the recipe keeps it) or "refused" (asked for and not possible: see `reason`).
+        formats: format of each operand (`input`, `weight`, `grad`), None for one in high precision.
+        kernel: what runs it.
+        reason: why it was kept or refused; empty for "fp4".
+        parameter: name of the weight.
+        flops: 2 M N K; symbolic sizes count with the values they were traced with. 0 where unknown.
+    """
+
+    path: str
+    role: str
+    kind: str
+    status: Status
+    formats: dict[str, str | None]
+    kernel: str = ""
+    reason: str = ""
+    parameter: str = ""
+    flops: int = 0
+
+
+@dataclass
+class Report:
+    """Every GEMM of a compiled model.
+
+    Attributes:
+        recipe, backend, device: what was asked for.
+        sites: one record per GEMM and role.
+        notes: things a user should know that belong to no single GEMM (graph breaks, capped depths, ...).
+        graphs: number of graphs that were compiled.
+        pass_seconds: time spent in each pass, summed over graphs.
+        weight_bytes: bytes of the weights of FP4 forward GEMMs as stored by the model, and packed.
+    """
+
+    recipe: str
+    backend: str
+    device: str
+    sites: list[SiteRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    graphs: int = 0
+    pass_seconds: dict[str, float] = field(default_factory=dict)
+    weight_bytes: tuple[int, int] = (0, 0)
+
+    def count(self, status: Status) -> int:
+        """Number of GEMMs with that status."""
+        return sum(site.status == status for site in self.sites)
+
+    @property
+    def fp4_share(self) -> float:
+        """Share of the FLOPs of all linear and expert GEMMs, output heads included, that read FP4 operands."""
+        total = sum(site.flops for site in self.sites)
+        return sum(site.flops for site in self.sites if site.status == "fp4") / total if total else 0.0
+
+    def merge(self, other: Report) -> None:
+        """Take in the report of another graph of the same model; its records replace those of the same GEMM."""
+        keys = {(s.path, s.role, s.parameter) for s in other.sites}
+        self.sites = [s for s in self.sites if (s.path, s.role, s.parameter) not in keys] + other.sites
+        self.notes += [note for note in other.notes if note not in self.notes]
+        self.graphs += other.graphs
+        self.pass_seconds = dict(Counter(self.pass_seconds) + Counter(other.pass_seconds))
+        self.weight_bytes = (
+            self.weight_bytes[0] + other.weight_bytes[0],
+            self.weight_bytes[1] + other.weight_bytes[1],
+        )
+
+    def to_json(self) -> str:
+        """The whole report as a JSON object."""
+        data = asdict(self)
+        data["fp4_share"] = self.fp4_share
+        return json.dumps(data, indent=2)
+
+    def to_text(self, width: int = 140) -> str:
+        """A table of the GEMMs, the notes and a summary line."""
+        console = Console(width=width, record=True, file=_Discard())
+        console.print(self.table())
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+        console.print(self.summary(), markup=False)
+        return console.export_text()
+
+    def summary(self) -> str:
+        """One line: counts, FLOP share, weight bytes."""
+        before, after = self.weight_bytes
+        packed = f"; weights of FP4 GEMMs {_bytes(before)}, {_bytes(after)} packed" if before else ""
+        return (
+            f"{self.count('fp4')} GEMMs in FP4, {self.count('kept')} kept, {self.count('refused')} refused; "
+            f"{self.fp4_share:.1%} of the linear GEMM FLOPs in FP4{packed}; "
+            f"recipe {self.recipe}, backend {self.backend} on {self.device}, {self.graphs} graph(s)"
+        )
+
+    def table(self) -> Table:
+        """A rich table, one row per GEMM."""
+        table = Table(title=f"fp4compile: {self.recipe}", title_justify="left")
+        for column in ("module", "role", "kind", "status", "operands", "kernel", "reason"):
+            table.add_column(column, overflow="fold")
+        colours = {"fp4": "green", "kept": "", "refused": "red"}
+        for s in self.sites:
+            operands = " ".join(f"{name}:{fmt or '-'}" for name, fmt in s.formats.items())
+            colour = colours[s.status]
+            status = f"[{colour}]{s.status}[/]" if colour else s.status
+            table.add_row(s.path or s.parameter or "(root)", s.role, s.kind, status, operands, s.kernel, s.reason)
+        return table
+
+
+class _Discard:
+    """A file that forgets: rich records what it prints."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+
+def _bytes(count: int) -> str:
+    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024:
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def merged(reports: Iterable[Report]) -> Report | None:
+    """One report of several graphs, or None."""
+    result: Report | None = None
+    for report in reports:
+        if result is None:
+            result = Report(report.recipe, report.backend, report.device)
+        result.merge(report)
+    return result

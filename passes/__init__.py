@@ -1,0 +1,39 @@
+"""Passes: one verb per file, and the default pipeline."""
+
+if __name__ != "fp4compile.passes":
+    raise ImportError("import fp4compile.passes, not the top-level folder: a second copy would register its ops twice")
+
+from fp4compile.passes.annotate import Annotate
+from fp4compile.passes.canonicalise import Canonicalise
+from fp4compile.passes.find_sites import FindSites
+from fp4compile.passes.fold import Fold
+from fp4compile.passes.fuse import Fuse
+from fp4compile.passes.insert_qdq import InsertQDQ
+from fp4compile.passes.legalise import Legalise
+from fp4compile.passes.share import Share
+from fp4compile.passes.stabilise import Stabilise
+
+PIPELINE = (
+    Canonicalise(),  # before sites are looked for, so that few spellings of a GEMM need to be known
+    FindSites(),
+    Annotate(),
+    InsertQDQ(),  # from here on the graph is the specification of the numerics
+    Stabilise(),
+    Share(),  # after stabilise: two quantisations are the same only with the same transform, rounding and blocks
+    Fold(),  # before fuse: a folded weight keeps its packed form, all else becomes fake quantisation
+    Fuse(),
+    Legalise(),
+)
+
+__all__ = [
+    "PIPELINE",
+    "Annotate",
+    "Canonicalise",
+    "FindSites",
+    "Fold",
+    "Fuse",
+    "InsertQDQ",
+    "Legalise",
+    "Share",
+    "Stabilise",
+]

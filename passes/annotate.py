@@ -1,0 +1,114 @@
+"""The recipe writes its decision on each site; the graph stays as it is.
+
+    mm(%x, %w)   # forward layers.0.q_proj: fp4, input hif4, weight hif4
+    mm(%h, %w2)  # forward lm_head: kept, output head
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from fp4compile.backend import No
+from fp4compile.errors import RewriteError
+from fp4compile.formats import FORMATS
+from fp4compile.graph import Site
+from fp4compile.pipeline import Context
+from fp4compile.recipe import HEADS, Operand
+
+
+def _head(site: Site, context: Context) -> str | None:
+    if not context.recipe.keep_heads:
+        return None
+    if site.parameter in context.embeddings:
+        return "output head (tied to an embedding)"
+    return "output head" if site.path.rpartition(".")[2] in HEADS else None
+
+
+def _glob(site: Site, context: Context) -> str | None:
+    glob = context.recipe.kept_by(site.path) or context.recipe.kept_by(site.parameter)
+    return f"keep={glob!r}" if glob else None
+
+
+def _last_blocks(site: Site, context: Context) -> str | None:
+    """Whether the site lies in one of the last blocks of the outermost block list above it."""
+    fraction = context.recipe.keep_last
+    if not fraction:
+        return None
+    if not context.depths and context.inner:
+        raise RewriteError(
+            f"recipe {context.recipe.name!r} keeps the last {fraction:.0%} of the blocks, but the compiled module is a "
+            f"part of a larger model, so the depth of {site.path!r} is not known. Compile the whole model, or set "
+            "keep_last = 0 and name the modules to keep."
+        )
+    for prefix in sorted(context.depths, key=len):
+        found = re.match(rf"{re.escape(prefix)}\.(\d+)(\.|$)", site.path)
+        if found:
+            depth = context.depths[prefix]
+            first_kept = depth - int(depth * fraction + 0.5)
+            return f"among the last {fraction:.0%} of {depth} blocks" if int(found[1]) >= first_kept else None
+    return None
+
+
+_REASONS_TO_KEEP = (_head, _glob, _last_blocks)
+
+
+def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
+    """Why a GEMM that the recipe wants in FP4 cannot be."""
+    for name, spec in specs.items():
+        if spec is None:
+            continue
+        answer = context.backend.supports_format(spec.format, context.device)
+        if isinstance(answer, No):
+            return f"backend {context.backend.name!r} lacks format {spec.format!r} on {context.device}: {answer.reason}"
+        value = site.operand(name).meta["val"]
+        if not value.is_floating_point():
+            return f"operand {name!r} is {value.dtype}"
+        size = value.shape[site.axes[name]]
+        token_axis = site.role == "wgrad"  # padded with zeros, as both operands are
+        if spec.hadamard and not token_axis and size % spec.hadamard != 0:
+            return f"a Hadamard transform of size {spec.hadamard} does not divide the {size} features it runs along"
+    if site.kind == "grouped" and site.role == "wgrad":
+        return "the contraction of a grouped wgrad runs over token groups, and blocks would cross them"
+    return None
+
+
+def _annotate(site: Site, context: Context) -> None:
+    site.status, site.specs = "kept", dict.fromkeys(site.arguments)
+    for reason in _REASONS_TO_KEEP:
+        site.reason = reason(site, context) or ""
+        if site.reason:
+            return
+    rule = context.recipe.rule_for(site.path, site.role)
+    specs = {name: spec for name, spec in rule.operands.items() if spec} if rule else {}
+    if not specs:
+        site.reason = f"recipe {context.recipe.name!r} leaves {site.role} GEMMs here in high precision"
+        return
+    site.specs = {name: specs.get(name) for name in site.arguments}
+    obstacle = _obstacle(site, site.specs, context)
+    if obstacle:
+        context.refuse(site, obstacle)
+        return
+    site.status = "fp4"
+    weight = site.specs.get("weight")
+    if weight and site.role == "forward":
+        value = site.operand("weight").meta["val"]
+        count = int(value.numel())
+        site.weight_bytes = (count * value.element_size(), int(count * FORMATS[weight.format].bits_per_value / 8))
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Decide for every site."""
+
+    name: ClassVar[str] = "annotate"
+    needs: ClassVar[tuple[str, ...]] = ("sites",)
+    gives: ClassVar[tuple[str, ...]] = ("annotated",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        for site in context.sites:
+            _annotate(site, context)
+        return 0

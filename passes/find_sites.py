@@ -1,0 +1,31 @@
+"""Find the GEMMs that read a weight, with their roles. The graph stays as it is; `context.sites` is filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from fp4compile.graph import find_sites, flops
+from fp4compile.pipeline import Context
+
+
+@dataclass(frozen=True)
+class FindSites:
+    """Fill `context.sites` and `context.embeddings`."""
+
+    name: ClassVar[str] = "find_sites"
+    needs: ClassVar[tuple[str, ...]] = ("canonical",)
+    gives: ClassVar[tuple[str, ...]] = ("sites",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        graph = graph_module.graph
+        context.sites = find_sites(graph, context.parameters)
+        for site in context.sites:
+            site.flops = flops(site)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+            if node.args[0] in context.parameters:
+                context.embeddings.add(context.parameters[node.args[0]])
+        return 0

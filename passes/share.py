@@ -1,0 +1,37 @@
+"""One quantisation per tensor, axis and spec, however many GEMMs read it; and what is kept for the backward.
+
+    q_proj, k_proj and v_proj read one quantised input; a weight in 2-D blocks is quantised once for fprop and dgrad.
+
+A quantisation that only backward GEMMs read is pinned to the backward, so that the partitioner saves the tensor that
+the model saves anyway (or recomputes) and not a second copy of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from fp4compile.ops import OPS
+from fp4compile.pipeline import Context
+from fp4compile.rewrite import merge_equal
+
+_DRAW = OPS["draw_seed"].overload
+
+
+@dataclass(frozen=True)
+class Share:
+    """Merge equal nodes of ours, then pin backward-only ones to the backward."""
+
+    name: ClassVar[str] = "share"
+    needs: ClassVar[tuple[str, ...]] = ("stabilised",)
+    gives: ClassVar[tuple[str, ...]] = ("shared",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        graph = graph_module.graph
+        done = merge_equal(graph, lambda node: bool(node.meta.get("fp4compile")) and node.target is not _DRAW)
+        for node in graph.nodes:
+            if node.meta.get("fp4compile") and node.meta.get("partitioner_tag") == "is_backward":
+                node.meta["partitioner_tag"] = "must_be_in_backward"
+        return done
