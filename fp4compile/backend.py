@@ -167,10 +167,24 @@ def _dispatcher(op_name: str, kernels: Sequence[Kernel]) -> Callable[..., Any]:
     return run
 
 
+# (op, device) -> the kernels tried in order. torch has one dispatcher per process, so there is one table.
+_INSTALLED: dict[tuple[str, str], list[Kernel]] = {}
+
+
 @cache
-def install_kernels(backend_name: str = "inductor") -> None:
-    """Hand a backend's kernels to torch's dispatcher; kernels and references give the same bits."""
-    backend = get_backend(backend_name)
+def _install(backend: Backend) -> None:
     for op, device in sorted({(k.op, k.device) for k in backend.kernels}):
         chosen = [k for k in backend.kernels if (k.op, k.device) == (op, device)]
-        LIBRARY.impl(op, _dispatcher(op, chosen), device.upper())
+        if (op, device) in _INSTALLED:
+            _INSTALLED[op, device][:0] = chosen
+        else:
+            _INSTALLED[op, device] = chosen
+            LIBRARY.impl(op, _dispatcher(op, chosen), device.upper())
+
+
+def install_kernels(backend_name: str = "inductor") -> None:
+    """Hand a backend's kernels to torch's dispatcher, ahead of those of other backends.
+
+    Kernels and references give the same bits, so which of them runs is a matter of speed.
+    """
+    _install(get_backend(backend_name))

@@ -1,9 +1,11 @@
-"""From what Dynamo hands over to what passes need: which inputs are parameters, their names, the depth of the model."""
+"""From what Dynamo hands over to what passes need: the parameters, their names, the depth of the model."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,42 +36,73 @@ class Frame:
     session: object = None
 
     def is_inner(self) -> bool:
-        """Whether the traced module is a child of another one."""
-        return self.root is not None and any(
-            any(child is self.root for child in holder.values())
-            for holder in gc.get_referrers(self.root)
-            if isinstance(holder, dict) and isinstance(next(iter(holder.values()), None), nn.Module)
-        )
+        """Whether the traced module is one of the blocks of a larger model, or lies in one."""
+        parents: dict[int, list[nn.Module]] = defaultdict(list)
+        for module in gc.get_objects():
+            if issubclass(type(module), nn.Module):
+                for child in (getattr(module, "_modules", None) or {}).values():
+                    parents[id(child)].append(module)
+        pending, seen = [self.root], set()
+        while pending:
+            module = pending.pop()
+            above = [] if id(module) in seen else parents[id(module)]
+            if any(map(is_block_list, above)):
+                return True
+            seen.add(id(module))
+            pending += above
+        return False
 
 
-def _traced() -> tuple[nn.Module | None, object]:
-    """The module whose frame Dynamo is compiling, and the `torch.compile` call that asked for it."""
+def is_block_list(module: nn.Module) -> bool:
+    """A ModuleList, or a Sequential of modules of one class with modules inside; of more than one."""
+    children = list(module.children())
+    if len(children) < 2:
+        return False
+    alike = len({type(child) for child in children}) == 1 and any(children[0].children())
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and alike)
+
+
+def _traced(sources: Iterable[str]) -> tuple[nn.Module | None, object]:
+    """The module that most of the parameters are read from, and the `torch.compile` call being served."""
     try:
         output = InstructionTranslator.current_tx().output
     except AttributeError:  # called by hand, outside Dynamo
         return None, None
-    root = output.local_scope.get("self")
-    return (root if isinstance(root, nn.Module) else None), output.compiler_fn
+    scopes = {"L": output.local_scope, "G": output.global_scope}
+    found = [re.match(r"([LG])\['([^']*)'\]", source) for source in sources]
+    counts = Counter((m[1], m[2]) for m in found if m)
+    objects = [scopes[scope].get(name) for (scope, name), _ in counts.most_common()]
+    root = next((o for o in (*objects, output.local_scope.get("self")) if isinstance(o, nn.Module)), None)
+    # DDP compiles each bucket through an optimizer that it makes anew for every frame.
+    owner = getattr(output.compiler_fn, "__self__", None)
+    return root, getattr(owner, "backend_compile_fn", output.compiler_fn)
 
 
-def _source_name(placeholder: Node) -> str:
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    return clean_path(name() if callable(name) else name)
+def _source(placeholder: Node) -> str:
+    """Where Dynamo reads an input from: `L['self']._modules['proj']._parameters['weight']`."""
+    name = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
+    return str(name() if callable(name) else name)
 
 
 def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
     """Describe the Dynamo graph that a backend was just handed."""
-    root, session = _traced()
-    known = {id(p): name for name, p in root.named_parameters(remove_duplicate=False)} if root is not None else {}
-    parameters = {}
-    for index, (node, example) in enumerate(zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=False)):
-        if isinstance(example, nn.Parameter):
-            parameters[index] = clean_path(known.get(id(example), "")) or _source_name(node) or str(node.target)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    inputs = [
+        (index, node, example)
+        for index, (node, example) in enumerate(zip(placeholders, example_inputs, strict=False))
+        if isinstance(example, nn.Parameter)
+    ]
+    root, session = _traced(_source(node) for _, node, _ in inputs)
+    named = root.named_parameters(remove_duplicate=False) if root is not None else ()
+    known = {id(parameter): name for name, parameter in named}
+    parameters = {
+        index: clean_path(known.get(id(example), "")) or clean_path(_source(node)) or str(node.target)
+        for index, node, example in inputs
+    }
     modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
-    depths = {clean_path(name): len(m) for name, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
     return Frame(parameters, embeddings, depths, root, session)
 
 

@@ -24,6 +24,8 @@ _E6M2_MIN, _E6M2_MAX = 2.0**-48, 1.5 * 2.0**15
 _E6M2_NAN = 0xFF
 _E8M0_NAN = 0xFF
 _E4M3_NAN = 0x7F
+# The least tensor scale: with the least E4M3 scale, 2**-6, its reciprocal is the largest power of two in fp32.
+_TENSOR_SCALE_MIN = 2.0**-121
 # The word of a group of HiF4 that holds NaN or Inf: level-2 and level-3 bits zero.
 _INT32_MASK = 0xFFFFFFFF
 
@@ -118,16 +120,22 @@ def _per_element(levels: Tensor, n: int) -> Tensor:
     return levels.repeat_interleave(n // levels.shape[-1], dim=-1)
 
 
+def _e6m2_max(largest: float) -> float:
+    """The largest E6M2 number of which seven times is at most `largest`."""
+    mantissa, exponent = math.frexp(min(_E6M2_MAX, largest / 7.0))
+    return math.ldexp(math.floor(mantissa * 8) / 8, exponent)
+
+
 def _encode_e6m2(
     mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
 ) -> tuple[Tensor, Tensor]:
     n = mag.shape[-1]
     v3, v2 = (mag.unflatten(-1, (n // b, b)).amax(-1) for b in (fmt.levels[2].block, fmt.levels[1].block))
-    v = mag.amax(-1, keepdim=True)
+    v, s_max = mag.amax(-1, keepdim=True), _e6m2_max(largest)
     if rule == "authors":
         # The authors' kernel works on bf16 scales: 1/7, the scale and its reciprocal are bf16, the products fp32.
         seventh = torch.tensor(1 / 7, dtype=torch.bfloat16, device=mag.device).to(torch.float32)
-        s = (v * seventh).to(torch.bfloat16).to(torch.float32).clamp(_E6M2_MIN, _E6M2_MAX)
+        s = (v * seventh).to(torch.bfloat16).to(torch.float32).clamp(_E6M2_MIN, s_max)
         bits = _bits(s)
         rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
         scale = _f32_from_bits(rounded << 21)
@@ -135,7 +143,7 @@ def _encode_e6m2(
         t, t2, t3 = mag * reciprocal, v2 * reciprocal, v3 * reciprocal
         e2, half = t2 >= 4.0, 2.0
     else:
-        s = (v / 7.0).clamp(_E6M2_MIN, _E6M2_MAX)
+        s = (v / 7.0).clamp(_E6M2_MIN, s_max)
         rounded = (_bits(s) + 0x1FFFFF) >> 21
         scale = _f32_from_bits(rounded << 21)
         t, t2, t3 = (mag / scale).clamp(max=7.0), v2 / scale, v3 / scale
@@ -244,12 +252,12 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     """The per-tensor scale: amax of the finite values / (E4M3 max * element max); 1 for an all-zero tensor. 0-d fp32.
 
     Values that are not finite poison their own block only, so they do not enter the maximum. The scale is at least
-    the smallest normal fp32 number: the reciprocal of a smaller one can be infinite.
+    2**-121: the reciprocal of a smaller one times a block scale can be infinite.
     """
     mag = x.detach().abs().to(torch.float32)
     mag = torch.where(mag.isfinite(), mag, 0.0)
     amax = mag.amax() if mag.numel() else mag.new_zeros(())
-    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=_TENSOR_SCALE_MIN)
     return torch.where(amax == 0, 1.0, scale)
 
 

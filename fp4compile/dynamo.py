@@ -121,7 +121,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         options.strict,
         embeddings=set(where.embeddings),
         depths=where.depths,
-        inner=bool(recipe.keep_last) and not where.depths and where.is_inner(),
+        inner=bool(recipe.keep_last) and where.is_inner(),
     )
 
 

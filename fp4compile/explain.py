@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class _Explainer:
     options: Options
     pipeline: Pipeline
     observe: Observer | None
+    prefixes: dict[int, str]
     reports: list[Report] = field(default_factory=list)
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -48,7 +49,7 @@ class _Explainer:
             if self.observe:
                 self.observe(None, copied.graph, context)
             self.pipeline.run(copied, context, self.observe)
-            self.reports.append(context.report())
+            self.reports.append(self._named(context.report(), where))
 
         def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             rewrite(joint)
@@ -70,6 +71,17 @@ class _Explainer:
         )
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return compiler(graph_module, example_inputs)
+
+
+    def _named(self, report: Report, where: Frame) -> Report:
+        """Paths as the whole model knows them, for a graph that a graph break made start at an inner module."""
+        prefix = self.prefixes.get(id(where.root), "")
+        if prefix:
+            report.sites = [
+                replace(s, path=f"{prefix}.{s.path}" if s.path else prefix, parameter=f"{prefix}.{s.parameter}")
+                for s in report.sites
+            ]
+        return report
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
@@ -111,7 +123,8 @@ def explain(
     options = Options(recipe=recipe, backend=backend, strict=False, keep=keep)
     make_context(options, Frame(), "cpu")  # wrong names are errors before any work
     pipeline = default_pipeline() if passes is None else default_pipeline().select(passes)
-    explainer = _Explainer(options, pipeline, observe)
+    names = {id(m): name for name, m in model.named_modules()} if isinstance(model, nn.Module) else {}
+    explainer = _Explainer(options, pipeline, observe, names)
     args, kwargs = split_inputs(example_inputs)
     breaks_before = Counter(counters["graph_break"])
     limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}

@@ -232,7 +232,14 @@ def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
     if weight is None:
         return None
     first = "input" if weight is b else "weight"
-    return _site(node, op, "forward", first, module_path(node), flow.weights[weight])
+    parameter = flow.weights[weight]
+    return _site(node, op, "forward", first, _path(node, parameter), parameter)
+
+
+def _path(node: Node, parameter: str) -> str:
+    """The module that ran the GEMM, or the module inside it that owns the weight (`self.proj.weight @ x`)."""
+    path, owner = module_path(node), parameter.rpartition(".")[0]
+    return owner if owner.startswith(f"{path}." if path else "") and owner else path
 
 
 def _backward_site(

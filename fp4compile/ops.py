@@ -176,6 +176,11 @@ def _dense(
     return codec.dequantize(values, scales, None, FORMATS[format], -1, k, block_2d, dtype)
 
 
+def _product_dtype(a: Tensor, a_format: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, else that of dense values; packed codes have none of their own."""
+    return dtype or (torch.float32 if a_format else a.dtype)
+
+
 def _mm(
     a: Tensor,
     b: Tensor,
@@ -197,7 +202,7 @@ def _mm(
         out = out if scale is None else out * scale
     if bias is not None:
         out = out + bias.to(torch.float32)
-    return out.to(dtype or a.dtype)
+    return out.to(_product_dtype(a, a_format, dtype))
 
 
 def _mm_fake(
@@ -215,7 +220,7 @@ def _mm_fake(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     columns = b.shape[-2] if b_format else b.shape[-1]
-    return a.new_empty([*a.shape[:-1], columns], dtype=dtype or a.dtype)
+    return a.new_empty([*a.shape[:-1], columns], dtype=_product_dtype(a, a_format, dtype))
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -403,6 +408,9 @@ for _op in _ROWS:
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (divisor,) = ctx.saved_tensors
+    # A tensor scale left out of the values leaves x / tensor_scale.
+    grad = grad if divisor is None else (grad / divisor).to(grad.dtype)
     return grad, *([None] * ctx.others)
 
 
@@ -410,24 +418,27 @@ def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
     if inputs[9]:
         raise FP4ValueError("fake_quantize with a Hadamard transform has no straight-through gradient")
     ctx.others = len(inputs) - 1
+    tensor_scale, fold = inputs[6], inputs[11]
+    ctx.save_for_backward(None if fold else tensor_scale)
 
 
 def _setup_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, bias, a_scales, b_scales, a_ts, b_ts, a_format, b_format, b_block_2d, k, dtype = inputs
     if not b_format:
         raise FP4ValueError("fp4compile.mm is differentiable only with a packed second operand (frozen weights)")
-    ctx.save_for_backward(b, b_scales, b_ts)
+    ctx.save_for_backward(b, b_scales, a_ts, b_ts)
     ctx.b_format, ctx.b_block_2d, ctx.k, ctx.a_dtype = b_format, b_block_2d, k, a.dtype
     ctx.bias = None if bias is None else (bias.dtype, bias.dim())
 
 
 def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    b, b_scales, b_ts = ctx.saved_tensors
+    b, b_scales, a_ts, b_ts = ctx.saved_tensors
     weight = torch.ops.fp4compile.dequantize(b, b_scales, b_ts, ctx.b_format, -1, ctx.k, ctx.b_block_2d, grad.dtype)
     grad_bias = None
     if ctx.bias is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias[0])
-    return ((grad @ weight).to(ctx.a_dtype), None, grad_bias, *([None] * 9))
+    grad_a = grad @ weight if a_ts is None else (grad @ weight) * a_ts
+    return (grad_a.to(ctx.a_dtype), None, grad_bias, *([None] * 9))
 
 
 # Quantisation is a staircase: its useful gradient is the straight-through one (Bengio et al., 2013).

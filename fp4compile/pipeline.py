@@ -32,7 +32,7 @@ class Context:
         parameters: inputs of the graph that are parameters, with their names.
         embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
         depths: number of blocks of each repeated block list, by its path ("model.layers" -> 32).
-        inner: whether the compiled module is a part of a larger one, so that paths do not start at the model.
+        inner: whether the compiled module is a block of a larger model, so that paths do not start at the model.
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
         notes: for the report.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +63,8 @@ def _check_options(x: Tensor, axis: int, fmt: Format, rounding: str, seed: int |
         raise unknown("rounding", rounding, ROUNDINGS)
     if rounding == "stochastic" and seed is None:
         raise FP4ValueError("rounding='stochastic' needs a seed (an int or a 0-d int64 tensor)")
+    if not isinstance(seed, int | Tensor | None):
+        raise FP4TypeError(f"a seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     if isinstance(seed, int) and not 0 <= seed < 2**63:
         raise FP4ValueError(f"seed must be in [0, 2**63), got {seed}")
     if isinstance(seed, Tensor) and (seed.dim() or seed.dtype != torch.int64):
@@ -85,13 +86,14 @@ def _tensor_scale(x: Tensor, fmt: Format, given: Tensor | float | bool | None) -
     if given is False:
         return None
     if given is None or given is True:
-        return torch.ops.fp4compile.tensor_scale(x, fmt.name)
+        return torch.ops.fp4compile.tensor_scale(x.detach(), fmt.name)
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.is_floating_point():
             raise FP4TypeError(f"tensor_scale must hold one floating-point number, got {given.dtype} {tuple(given.shape)}")
         return given.detach().to(device=x.device, dtype=torch.float32).reshape(())
-    if not (isinstance(given, int | float) and math.isfinite(given) and given > 0):
-        raise FP4ValueError(f"tensor_scale must be a positive finite number, got {given!r}")
+    limits = torch.finfo(torch.float32)
+    if not (isinstance(given, int | float) and limits.tiny <= given <= limits.max):
+        raise FP4ValueError(f"tensor_scale must be a positive, normal fp32 number, got {given!r}")
     return torch.tensor(float(given), dtype=torch.float32, device=x.device)
 
 

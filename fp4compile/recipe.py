@@ -182,20 +182,27 @@ def _non_defaults(spec: Operand) -> dict[str, Any]:
 # --- TOML ------------------------------------------------------------------------------------------------------------
 
 
-def _line_of(text: str, key: str) -> int | None:
-    pattern = re.compile(rf"(^|[\s{{,\[]){re.escape(key)}\s*(=|\])")
-    return next((n for n, line in enumerate(text.splitlines(), 1) if pattern.search(line)), None)
+def _lines_of(text: str, pattern: str) -> list[int]:
+    return [number for number, line in enumerate(text.splitlines(), 1) if re.search(pattern, line)]
 
 
 @dataclass
 class _Reader:
-    """Turns parsed TOML into dataclasses; its errors name the file, the line and the key."""
+    """Turns parsed TOML into dataclasses; its errors name the file, the line and the key.
+
+    `start` is the line at which the table that is being read begins: keys are looked for from there on.
+    """
 
     where: str
     text: str
+    start: int = 0
+
+    def line_of(self, key: str) -> int | None:
+        found = _lines_of(self.text, rf"(^|[\s{{,.\[]){re.escape(key)}\s*(=|\])")
+        return next((line for line in found if line >= self.start), None)
 
     def error(self, key: str, message: str) -> FP4ValueError:
-        line = _line_of(self.text, key)
+        line = self.line_of(key)
         at = f"{self.where}:{line}" if line else self.where
         return FP4ValueError(f"{at}: key {key!r}: {message}")
 
@@ -214,12 +221,20 @@ class _Reader:
         except (FP4ValueError, FP4TypeError, TypeError) as error:
             raise self.error(key, str(error)) from error
 
-    def rule(self, table: Any) -> Rule:
+    def operand(self, table: Any, name: str) -> Operand:
+        outer, self.start = self.start, self.line_of(name) or self.start
+        spec: Operand = self.build(Operand, table, name)
+        self.start = outer
+        return spec
+
+    def rule(self, table: Any, start: int) -> Rule:
+        self.start = start
         if not isinstance(table, dict):
             raise self.error("rule", "expected an array of tables, [[rule]]")
-        names = [n for n in ("input", "weight", "grad") if n in table]
-        specs = {n: self.build(Operand, table[n], n) for n in names}
-        return self.build(Rule, table, "rule", **specs)
+        specs = {n: self.operand(table[n], n) for n in ("input", "weight", "grad") if n in table}
+        rule: Rule = self.build(Rule, table, "rule", **specs)
+        self.start = 0
+        return rule
 
     def recipe(self, data: dict[str, Any]) -> Recipe:
         data = dict(data)
@@ -231,7 +246,11 @@ class _Reader:
             raise self.error("keep", f"expected a list of globs, got {keep!r}")
         if "name" not in data:
             raise self.error("name", "a recipe needs a name")
-        return self.build(Recipe, data, "recipe", rules=tuple(map(self.rule, rules)), keep=tuple(keep))
+        starts = _lines_of(self.text, r"^\s*\[\[\s*rule\s*\]\]")
+        starts += [0] * (len(rules) - len(starts))  # rules that are written as an inline array
+        converted = tuple(map(self.rule, rules, starts))
+        recipe: Recipe = self.build(Recipe, data, "recipe", rules=converted, keep=tuple(keep))
+        return recipe
 
 
 _TOML_TYPES: Mapping[str, Any] = {"str": str, "str | None": str, "int": int, "bool": bool, "float": (int, float)}
@@ -252,6 +271,8 @@ def load(path: str | Path) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise FP4ValueError(f"cannot read recipe {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FP4ValueError(f"recipe {str(path)!r} is not UTF-8 text: {error.reason}") from error
     return loads(text, str(path))
 
 

@@ -38,11 +38,11 @@ def _last_blocks(site: Site, context: Context) -> str | None:
     fraction = context.recipe.keep_last
     if not fraction:
         return None
-    if not context.depths and context.inner:
+    if context.inner:
         raise RewriteError(
-            f"recipe {context.recipe.name!r} keeps the last {fraction:.0%} of the blocks, but the compiled module is a "
-            f"part of a larger model, so the depth of {site.path!r} is not known. Compile the whole model, or set "
-            "keep_last = 0 and name the modules to keep."
+            f"recipe {context.recipe.name!r} keeps the last {fraction:.0%} of the blocks, but this is "
+            f"(part of) one block of a larger model, so the depth of {site.path!r} is not known. Compile the "
+            "whole model, or use a recipe with keep_last = 0 that names the modules to keep."
         )
     for prefix in sorted(context.depths, key=len):
         found = re.match(rf"{re.escape(prefix)}\.(\d+)(\.|$)", site.path)
@@ -111,4 +111,10 @@ class Annotate:
     def run(self, graph_module: GraphModule, context: Context) -> int:
         for site in context.sites:
             _annotate(site, context)
+        recipe = context.recipe
+        if recipe.keep_last and context.sites and not context.depths:
+            context.notes.append(
+                f"recipe {recipe.name!r} keeps the last {recipe.keep_last:.0%} of the blocks: "
+                "this model has no list of blocks, so it keeps none"
+            )
         return 0

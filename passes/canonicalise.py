@@ -87,13 +87,13 @@ def _permute(graph: Graph, node: Node) -> Node:
     return call(graph, aten.permute.default, (base, dims), node)
 
 
-RULES = (
+GEMM_RULES = (
     Rule("linear", (aten.linear.default,), _always, _linear),
     Rule("addmm", (aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
     Rule("baddbmm", (aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
     Rule("mv", (aten.mv.default,), _always, _mv),
-    Rule("permute", (aten.permute.default,), _of_permute, _permute),
 )
+MOVE_RULES = (Rule("permute", (aten.permute.default,), _of_permute, _permute),)
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,5 @@ class Canonicalise:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        return apply(graph, RULES) + merge_equal(graph, lambda node: node.target in MOVES)
+        done = apply(graph, GEMM_RULES) + apply(graph, MOVE_RULES)  # in turn: a linear becomes a permute
+        return done + merge_equal(graph, lambda node: node.target in MOVES)

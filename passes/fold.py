@@ -9,17 +9,18 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 
 _FOLDED = (OPS["tensor_scale"].overload, OPS["quantize"].overload)
+_EVALUATED = (*_FOLDED, OPS["hadamard"].overload)  # a transform of a weight is only kept quantised
 
 
 def _attribute(graph_module: GraphModule, name: str) -> Any:
@@ -29,18 +30,41 @@ def _attribute(graph_module: GraphModule, name: str) -> Any:
     return found
 
 
-def _constant(graph_module: GraphModule, node: Node, name: str, tensor: torch.Tensor) -> Node:
-    """A buffer that holds `tensor`, read where `node` stands."""
-    graph_module.register_buffer(name, tensor)
+def _is_constant(node: Node) -> bool:
+    known = node.target in _EVALUATED and all(map(_is_constant, node.all_input_nodes))
+    return node.op == "get_attr" or known
+
+
+def _evaluate(graph_module: GraphModule, node: Node) -> Any:
+    if node.op == "get_attr":
+        return _attribute(graph_module, str(node.target))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: _evaluate(graph_module, source))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _weight(node: Node) -> str:
+    """Path of the constant that a folded node quantises."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _constants(graph_module: GraphModule, stem: str, replaced: dict[str, tuple[Node, torch.Tensor]]) -> None:
+    """Buffers `stem_<key>`, numbered where a name is taken, read in the place of the nodes they replace."""
+    number = next(n for n in count() if not any(hasattr(graph_module, _name(stem, key, n)) for key in replaced))
     graph = graph_module.graph
-    with graph.inserting_before(node):
-        constant = graph.get_attr(name)
-    constant.meta = {**node.meta, "val": node.meta["val"]}
-    return constant
+    for key, (node, tensor) in replaced.items():
+        name = _name(stem, key, number)
+        graph_module.register_buffer(name, tensor)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        graph.erase_node(node)
 
 
-def _arguments(graph_module: GraphModule, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return torch.fx.map_arg((node.args, node.kwargs), lambda n: _attribute(graph_module, n.target))
+def _name(stem: str, key: str, number: int) -> str:
+    return f"{stem}_{key}_{number}" if number else f"{stem}_{key}"
 
 
 @dataclass(frozen=True)
@@ -54,25 +78,16 @@ class Fold:
     def run(self, graph_module: GraphModule, context: Context) -> int:
         done = 0
         for node in list(graph_module.graph.nodes):
-            constant = node.target in _FOLDED and all(n.op == "get_attr" for n in node.all_input_nodes)
-            if not constant:
+            if node.target not in _FOLDED or not _is_constant(node):
                 continue
-            args, kwargs = _arguments(graph_module, node)
             with torch.no_grad():
-                result = node.target(*args, **kwargs)
-            stem = str(node.args[0].target).replace(".", "_")
-            self._replace(graph_module, node, result, stem)
+                result = _evaluate(graph_module, node)
+            stem = _weight(node).replace(".", "_")
+            if isinstance(result, torch.Tensor):
+                _constants(graph_module, stem, {"tensor_scale": (node, result)})
+            else:
+                items = {("codes", "scales")[item.args[1]]: item for item in node.users}  # type: ignore[index, misc]
+                _constants(graph_module, stem, {k: (item, result[item.args[1]]) for k, item in items.items()})  # type: ignore[index]
+                graph_module.graph.erase_node(node)
             done += 1
         return done
-
-    def _replace(self, graph_module: GraphModule, node: Node, result: Any, stem: str) -> None:
-        if isinstance(result, torch.Tensor):
-            node.replace_all_uses_with(_constant(graph_module, node, f"{stem}_{node.name}", result))
-        else:
-            for item in list(node.users):
-                assert item.target is operator.getitem
-                suffix = ("codes", "scales")[item.args[1]]  # type: ignore[call-overload]
-                name = f"{stem}_{node.name}_{suffix}"
-                item.replace_all_uses_with(_constant(graph_module, item, name, result[item.args[1]]))  # type: ignore[index]
-                graph_module.graph.erase_node(item)
-        graph_module.graph.erase_node(node)

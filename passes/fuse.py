@@ -61,6 +61,9 @@ def _of_quantize(node: Node) -> Answer:
     assert isinstance(x, Node)
     if node.args[7] != x.meta["val"].dtype or "dtype" in source.kwargs:
         return No("it decodes to another dtype than it was made from")
+    made = (*source.args[1:], source.kwargs.get("block_2d", False))
+    if made != (*node.args[3:5], node.args[6]) or node.args[2] not in (None, source.kwargs.get("tensor_scale")):
+        return No("it decodes with another format, axis or scale than its codes were made with")
     return Yes()
 
 
@@ -74,7 +77,7 @@ def _fake_quantize(graph: Graph, node: Node) -> Node:
 
 
 def _packed_weight(node: Node) -> tuple[Node, Node] | None:
-    """(operand, dequantize) when operand B of a GEMM is a dequantised constant, blocked along the contraction axis."""
+    """(operand, dequantize) when operand B is a constant, dequantised along K and without its tensor scale."""
     b = node.args[1 if node.target is MM else GEMM_OPS[node.target].b]
     assert isinstance(b, Node)
     transposed = b.target is aten.permute.default and list(b.args[1]) == [1, 0]  # type: ignore[arg-type]
@@ -82,8 +85,9 @@ def _packed_weight(node: Node) -> tuple[Node, Node] | None:
     if not isinstance(inner, Node) or inner.target is not DEQUANTIZE:
         return None
     constant = all(isinstance(n, Node) and n.op in ("get_attr", "placeholder") for n in inner.args[:2])
+    unscaled = inner.args[2] is None
     blocked_along_k = inner.args[4] == (1 if transposed else 0)
-    return (b, inner) if constant and blocked_along_k and inner.meta["val"].dim() == 2 else None
+    return (b, inner) if constant and unscaled and blocked_along_k and inner.meta["val"].dim() == 2 else None
 
 
 def _reads_packed_weight(node: Node) -> Answer:

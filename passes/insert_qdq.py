@@ -79,11 +79,16 @@ def _scaled_gemm(graph: Graph, site: Site, scales: dict[str, Node | None]) -> No
     site.node = gemm
 
 
+def _is_quantised(operand: Node) -> bool:
+    base = _through_permute(operand, 0)[0]
+    return base.target is OPS["dequantize"].overload
+
+
 def _rewrite(graph: Graph, site: Site) -> int:
     done, scales = 0, {}
     with graph.inserting_before(site.node):
         for name, spec in site.specs.items():
-            if spec is not None:
+            if spec is not None and not _is_quantised(site.operand(name)):
                 values, scales[name] = _qdq(graph, site, name, spec)
                 site.node.update_arg(site.arguments[name], values)
                 done += 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fp4compile.graph import MOVES
@@ -23,17 +25,25 @@ def _signature(op: Op) -> inspect.Signature:
     return inspect.signature(op.reference)
 
 
-def _arguments(op: Op, node: Node) -> dict[str, Any]:
+def _arguments(op: Op, node: Node, device: str) -> dict[str, Any]:
     bound = _signature(op).bind(*value(node.args), **value(node.kwargs))
     bound.apply_defaults()
-    return bound.arguments
+    return {name: _placed(argument, device) for name, argument in bound.arguments.items()}
+
+
+def _placed(argument: Any, device: str) -> Any:
+    """A meta tensor (a model without weights) stands for one on the device that will run the graph."""
+    if not isinstance(argument, FakeTensor) or argument.device.type != "meta":
+        return argument
+    with argument.fake_mode:
+        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
 
 
 def _ops_of(node: Node) -> Iterator[Node]:
     """The op that makes an operand, below views, and what it reads from other ops of ours."""
     while node.op == "call_function" and node.target in MOVES:
         node = node.all_input_nodes[0]
-    if node.meta.get("fp4compile"):
+    if node.op == "call_function" and node.meta.get("fp4compile"):
         yield node
         if node.target not in _BY_OVERLOAD:
             for source in node.all_input_nodes:
@@ -66,7 +76,9 @@ class Legalise:
         op = _BY_OVERLOAD.get(node.target)
         if op is None:
             return f"{context.backend.name}/{_short(node)}"
-        name, declined = context.backend.kernel_for(op.name, _arguments(op, node), context.device)
+        name, declined = context.backend.kernel_for(
+            op.name, _arguments(op, node, context.device), context.device
+        )
         context.notes += [note for note in declined if note not in context.notes]
         return name
 

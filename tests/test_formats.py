@@ -9,7 +9,8 @@ from fp4compile.errors import FP4ValueError
 from fp4compile.formats import E2M1, FORMATS, S1P2, ScaleLevel, register_format
 
 BUILTIN = {
-    # name: (element, block, bits per value, 2-D edge, has a tensor scale, dtype of a stored scale, default rule)
+    # name: (element, block, bits per value, 2-D edge, has a tensor scale, dtype of a stored scale, default
+    # rule)
     "hif4": (S1P2, 64, 4.5, None, False, torch.int32, "authors"),
     "mxfp4": (E2M1, 32, 4.25, 32, False, torch.uint8, "floor"),
     "nvfp4": (E2M1, 16, 4.5, 16, True, torch.uint8, "nearest"),
@@ -95,7 +96,7 @@ def test_an_unknown_scale_rule_names_the_allowed_ones(name):
 
 @pytest.mark.parametrize("name", ["hif5", "HIF4", "", 3, None, ["hif4"]])
 def test_an_unknown_format_names_the_known_ones(name):
-    with pytest.raises(FP4ValueError, match="unknown format .*; allowed: hif4, mxfp4, nvfp4"):
+    with pytest.raises(FP4ValueError, match=r"unknown format .*; allowed: hif4, mxfp4, nvfp4"):
         FORMATS[name]
 
 

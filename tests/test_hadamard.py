@@ -30,7 +30,7 @@ def sylvester(size: int) -> torch.Tensor:
 
 
 def rounding(size: int) -> float:
-    """A bound on the relative error of one transform: each of log2(size) sums and the last product round once."""
+    """A bound on the relative error of one transform: log2(size) sums and one product round once each."""
     return (math.log2(size) + 2) * 2.0**-24
 
 
@@ -83,7 +83,9 @@ def test_axis_strides_and_dtype(axis, dtype):
     y = hadamard(x, axis, 16, seed(4))
     assert y.dtype == torch.float32
     assert y.is_contiguous()
-    assert torch.equal(y, hadamard(x.movedim(axis, -1).contiguous().float(), -1, 16, seed(4)).movedim(-1, axis))
+    assert torch.equal(
+        y, hadamard(x.movedim(axis, -1).contiguous().float(), -1, 16, seed(4)).movedim(-1, axis)
+    )
 
 
 @pytest.mark.parametrize("sign_seed", [None, 1, 2**40])
@@ -91,7 +93,8 @@ def test_axis_strides_and_dtype(axis, dtype):
 def test_cancels_in_a_product(size, sign_seed):
     a, b = randn(7, 200), randn(200, 5, seed=1)
     s = None if sign_seed is None else seed(sign_seed)
-    # Per run |<Ha, Hb> - <a, b>| <= 2 * rounding * |a| * |b|, and Cauchy-Schwarz over the runs; the scale adds 2**-23.
+    # Per run |<Ha, Hb> - <a, b>| <= 2 * rounding * |a| * |b|, and Cauchy-Schwarz over the runs; the scale
+    # adds 2**-23.
     bound = (2 * rounding(size) + 2.0**-23) * a.norm(dim=1).double()[:, None] * b.norm(dim=0).double()
     difference = hadamard(a, 1, size, s).double() @ hadamard(b, 0, size, s).double() - a.double() @ b.double()
     assert (difference.abs() <= bound).all()

@@ -64,11 +64,11 @@ def test_uniform_is_the_top_24_bits_in_row_major_order():
 
 
 def test_uniform_statistics():
-    # Independent uniform draws: mean 1/2, variance 1/12, no correlation between neighbours or streams. Each score is
-    # standard normal; |z| > 5 has probability 6e-7.
+    # Independent uniform draws: mean 1/2, variance 1/12, no correlation between neighbours or streams. Each
+    # score is standard normal; |z| > 5 has probability 6e-7.
     n = 1 << 20
     a, b = (philox.uniform((n,), seed(3), stream, CPU).double() - 0.5 for stream in (0, 1))
-    assert -0.5 <= a.min()
+    assert a.min() >= -0.5
     assert a.max() < 0.5
     scores = {
         "mean": a.sum() / math.sqrt(n / 12),

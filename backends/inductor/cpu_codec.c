@@ -1,15 +1,16 @@
-/* FP4 codecs for CPUs: quantise, dequantise, fake-quantise, tensor scale and Hadamard, equal bit for bit to the plain
+/* FP4 codecs for CPUs: quantise, dequantise, fake-quantise, tensor scale and Hadamard, bit for bit the plain
  * torch reference (fp4compile/codec.py says what every step computes; this file says how to do it fast).
  *
  * A tensor is a logical [batch, lanes, size] view; blocks run along `size`. In memory the result is either
- * [batch, lanes, size] ("rows": blocked along the last axis) or [batch, size, lanes] ("columns"). Threads take tiles
- * that hold whole blocks. A tile is fp32 in cache, [cells][run]: run = 1 for rows, run = a vector of lanes for columns,
- * so that every step below is one flat loop, which compilers vectorise:
+ * [batch, lanes, size] ("rows": blocked along the last axis) or [batch, size, lanes] ("columns"). Threads
+ * take tiles of whole blocks. A tile is fp32 in cache, [cells][run]: run = 1 for rows, a vector of lanes for
+ * columns, so that every step below is one flat loop, which compilers vectorise:
  *
  *   load -> Hadamard -> block maxima (by halving) -> scales -> round each element -> store or pack
  *
- * Maxima are taken of bit patterns, as integers: they order like the values, and NaN and Inf come out on top.
- * Must be compiled without -ffast-math and with -ffp-contract=off: every operation is rounded once, as written. */
+ * Maxima are taken of bit patterns, as integers: they order like the values, and NaN and Inf come out on
+ * top. To be compiled without -ffast-math, with -ffp-contract=off (every operation is rounded once, as
+ * written) and with -fno-strict-aliasing (tiles are read as floats and as bits). */
 
 #include <fenv.h>
 #include <stdint.h>
@@ -39,11 +40,14 @@ typedef struct {
     int64_t hadamard;          /* size of the transform, or 0 */
     int64_t stream, sign_stream;
     int64_t scaling, element, block, edge;     /* edge: of square blocks, or 0 */
+    int64_t blocks;            /* stored along size, per lane */
     int64_t truncation_free;
-    int64_t emax, up_from, k_max; /* E8M0: exponent of the largest element; fraction from which k moves up; its cap */
+    /* E8M0: exponent of the largest element; fraction of the maximum from which k moves up; cap of k */
+    int64_t emax, up_from, k_max;
     int64_t threads;
-    double top, unit;          /* the element's largest magnitude and its smallest step; tensor scale: its divisor */
+    double top, unit;          /* the element's largest magnitude, its least step; OP_TENSOR_SCALE: divisor */
     double hadamard_scale;     /* 1 / sqrt(hadamard) */
+    double scale_max;          /* of E6M2: seven times it is finite in the result's dtype */
     int64_t magnitudes;        /* eight nibbles: magnitude / unit of each code */
 } Job;
 
@@ -56,6 +60,8 @@ void fp4_set_parallel(Parallel entry) { parallel_entry = entry; }
 #define INF_BITS 0x7F800000
 #define ABS_MASK 0x7FFFFFFF
 #define SIGN_BIT 0x80000000u
+/* The reciprocal of a smaller one times that of a block scale can be infinite. */
+#define TENSOR_SCALE_MIN 0x1p-121f
 
 INLINE uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 INLINE float to_float(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
@@ -64,12 +70,12 @@ INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 INLINE int32_t max32(int32_t a, int32_t b) { return a > b ? a : b; }
 
-/* --- dtypes ----------------------------------------------------------------------------------------------------- */
+/* --- dtypes --------------------------------------------------------------------------------------------- */
 
 INLINE uint32_t widen_f32(uint32_t b) { return b; }
 INLINE uint32_t widen_bf16(uint16_t b) { return (uint32_t)b << 16; }
 INLINE uint32_t widen_f16(uint16_t h) {
-    /* Exponents are moved by an exact multiply, which also normalises subnormals; Inf and NaN get theirs back. */
+    /* Exponents move by an exact multiply, which also normalises subnormals; Inf and NaN get theirs back. */
     uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
     uint32_t bits = to_bits(to_float(magnitude) * 0x1p112f);
     bits = magnitude >= 0x0F800000 ? magnitude | INF_BITS : bits;
@@ -94,26 +100,26 @@ INLINE uint16_t narrow_f16(float x) {
 }
 INLINE uint8_t widen_u8(uint8_t b) { return b; }
 
-/* out[i * out_outer + j * out_inner] = widened x[i * x_outer + j * x_inner]; the unit-stride case is the vector one. */
-#define DEFINE_COPY(name, source, target, widen)                                                                      \
-    static void name(target *restrict out, int64_t out_outer, int64_t out_inner, const void *from, int64_t offset,    \
-                     int64_t x_outer, int64_t x_inner, int64_t outer, int64_t inner) {                                \
-        const source *restrict x = (const source *)from + offset;                                                     \
-        for (int64_t i = 0; i < outer; i++, x += x_outer, out += out_outer)                                           \
-            if (out_inner == 1 && x_inner == 1)                                                                       \
-                for (int64_t j = 0; j < inner; j++) out[j] = widen(x[j]);                                             \
-            else                                                                                                      \
-                for (int64_t j = 0; j < inner; j++) out[j * out_inner] = widen(x[j * x_inner]);                       \
+/* out[i * out_outer + j * out_inner] = x[i * x_outer + j * x_inner], widened; unit strides are vectorised. */
+#define DEFINE_COPY(name, source, target, widen)                                                             \
+    static void name(target *restrict out, int64_t out_outer, int64_t out_inner, const void *from,           \
+                     int64_t offset, int64_t x_outer, int64_t x_inner, int64_t outer, int64_t inner) {       \
+        const source *restrict x = (const source *)from + offset;                                            \
+        for (int64_t i = 0; i < outer; i++, x += x_outer, out += out_outer)                                  \
+            if (out_inner == 1 && x_inner == 1)                                                              \
+                for (int64_t j = 0; j < inner; j++) out[j] = widen(x[j]);                                    \
+            else                                                                                             \
+                for (int64_t j = 0; j < inner; j++) out[j * out_inner] = widen(x[j * x_inner]);              \
     }
 DEFINE_COPY(copy_f32, uint32_t, uint32_t, widen_f32)
 DEFINE_COPY(copy_bf16, uint16_t, uint32_t, widen_bf16)
 DEFINE_COPY(copy_f16, uint16_t, uint32_t, widen_f16)
 DEFINE_COPY(copy_u8, uint8_t, uint8_t, widen_u8)
 
-#define DEFINE_STORE(name, target, narrow)                                                                            \
-    static void name(void *to, int64_t offset, const float *restrict x, int64_t n) {                                  \
-        target *restrict y = (target *)to + offset;                                                                   \
-        for (int64_t i = 0; i < n; i++) y[i] = narrow(x[i]);                                                          \
+#define DEFINE_STORE(name, target, narrow)                                                                   \
+    static void name(void *to, int64_t offset, const float *restrict x, int64_t n) {                         \
+        target *restrict y = (target *)to + offset;                                                          \
+        for (int64_t i = 0; i < n; i++) y[i] = narrow(x[i]);                                                 \
     }
 DEFINE_STORE(store_f32, uint32_t, narrow_f32)
 DEFINE_STORE(store_bf16, uint16_t, narrow_bf16)
@@ -124,7 +130,7 @@ typedef void (*Store)(void *, int64_t, const float *, int64_t);
 static const Copy COPY[] = {copy_f32, copy_bf16, copy_f16};
 static const Store STORE[] = {store_f32, store_bf16, store_f16};
 
-/* --- tiles ------------------------------------------------------------------------------------------------------ */
+/* --- tiles ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t lanes, size;           /* of a tile; whole blocks along size */
@@ -142,8 +148,9 @@ typedef struct {
     float *x, *u;                  /* values; random numbers */
     float *multiply, *shift, *decode;                 /* factors, per group of elements */
     float *multiply_each, *shift_each, *decode_each;  /* rows: the same, spread over the elements */
+    float *scale_each;             /* E6M2 scales, spread over groups of four */
     int32_t *maxima, *maxima8, *maxima4, *scratch;    /* bit patterns; per block, per 8 and per 4 elements */
-    int32_t *stored, *bad, *scale_each;
+    int32_t *stored, *bad;
     uint8_t *codes, *bytes;
     void *memory;
 } Work;
@@ -214,19 +221,21 @@ static void load(const Job *job, const Shape *s, const Place *p, Work *w) {
 static void store(const Job *job, const Shape *s, const Place *p, const Work *w) {
     Store put = STORE[job->y_dtype];
     if (job->columns)
-        for (int64_t k = 0; k < p->size; k++) put(job->y, position(job, p, 0, k), w->x + k * s->run, p->lanes);
+        for (int64_t k = 0; k < p->size; k++)
+            put(job->y, position(job, p, 0, k), w->x + k * s->run, p->lanes);
     else
-        for (int64_t l = 0; l < p->lanes; l++) put(job->y, position(job, p, l, 0), w->x + l * s->size, p->size);
+        for (int64_t l = 0; l < p->lanes; l++)
+            put(job->y, position(job, p, l, 0), w->x + l * s->size, p->size);
 }
 
-/* --- Philox4x32-10 ---------------------------------------------------------------------------------------------- */
+/* --- Philox4x32-10 -------------------------------------------------------------------------------------- */
 
-#define PHILOX_ROUND                                                                                                  \
-    {                                                                                                                 \
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;                                    \
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;                                                       \
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;                                                       \
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;                                                                         \
+#define PHILOX_ROUND                                                                                         \
+    {                                                                                                        \
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;                           \
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;                                              \
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;                                              \
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;                                                                \
     }
 
 /* The words of counters first, first + 1, ...: 4 * count of them. */
@@ -242,7 +251,8 @@ static void philox(uint32_t *restrict words, uint64_t first, int64_t count, int6
 }
 
 /* n uniform numbers from logical index `first` on; `words` has room for n + 8. */
-static void uniform(float *restrict u, uint32_t *restrict words, int64_t first, int64_t n, int64_t seed, int64_t stream) {
+static void uniform(float *restrict u, uint32_t *restrict words, int64_t first, int64_t n, int64_t seed,
+                    int64_t stream) {
     int64_t skip = first % 4;
     philox(words, (uint64_t)(first / 4), (skip + n + 3) / 4, seed, stream);
     for (int64_t i = 0; i < n; i++) u[i] = (float)(int32_t)(words[skip + i] >> 8) * 0x1p-24f;
@@ -251,12 +261,14 @@ static void uniform(float *restrict u, uint32_t *restrict words, int64_t first, 
 static void load_random(const Job *job, const Shape *s, const Place *p, Work *w) {
     int64_t runs = job->columns ? p->size : p->lanes, n = job->columns ? p->lanes : p->size;
     int64_t step = job->columns ? s->run : s->size;
-    for (int64_t i = 0; i < runs; i++)
-        uniform(w->u + i * step, (uint32_t *)w->scratch, position(job, p, job->columns ? 0 : i, job->columns ? i : 0),
-                n, *job->seed, job->stream);
+    if (p->size < s->size || p->lanes < s->lanes) memset(w->u, 0, (size_t)(s->cells * s->run) * 4);
+    for (int64_t i = 0; i < runs; i++) {
+        int64_t first = job->columns ? position(job, p, 0, i) : position(job, p, i, 0);
+        uniform(w->u + i * step, (uint32_t *)w->scratch, first, n, *job->seed, job->stream);
+    }
 }
 
-/* --- Hadamard --------------------------------------------------------------------------------------------------- */
+/* --- Hadamard ------------------------------------------------------------------------------------------- */
 
 INLINE void butterflies(float *t, int64_t n, int64_t stride) {
     for (int64_t i = 0; i < n; i += 2 * stride)
@@ -292,17 +304,22 @@ static void sign_bits(const Job *job, uint32_t *signs) {
     for (int64_t i = 0; i < job->hadamard; i++) signs[i] &= SIGN_BIT;
 }
 
-static void transform(const Job *job, const Shape *s, Work *w) {
+static void transform(const Job *job, const Shape *s, const Place *p, Work *w) {
     if (!job->hadamard) return;
     uint32_t *signs = (uint32_t *)w->scratch;
     sign_bits(job, signs);
     hadamard(w->x, s->cells, s->run, job->hadamard, signs, (float)job->hadamard_scale);
+    if (p->size == s->size) return;
+    /* What pads the last block is +0, and the transform of zeros is not. */
+    for (int64_t l = 0; l < (job->columns ? 1 : s->lanes); l++)
+        memset(w->x + l * s->size * s->run + p->size * s->run, 0, (size_t)((s->size - p->size) * s->run) * 4);
 }
 
-/* --- maxima and spreading --------------------------------------------------------------------------------------- */
+/* --- maxima and spreading ------------------------------------------------------------------------------- */
 
 /* Cells 2i and 2i + 1 -> their maximum, lane by lane; `mask` strips signs. */
-INLINE void halve_run(int32_t *restrict out, const int32_t *restrict x, int64_t cells, int64_t run, int32_t mask) {
+INLINE void halve_run(int32_t *restrict out, const int32_t *restrict x, int64_t cells, int64_t run,
+                      int32_t mask) {
     for (int64_t i = 0; i < cells / 2; i++)
         for (int64_t l = 0; l < run; l++)
             out[i * run + l] = max32(x[2 * i * run + l] & mask, x[(2 * i + 1) * run + l] & mask);
@@ -314,7 +331,8 @@ static void halve(int32_t *out, const int32_t *x, int64_t cells, int64_t run, in
 }
 
 /* Groups of `group` cells (a power of two) -> their maxima; the halvings alternate between two buffers. */
-static void group_maxima(int32_t *out, int32_t *other, const int32_t *x, int64_t cells, int64_t run, int64_t group) {
+static void group_maxima(int32_t *out, int32_t *other, const int32_t *x, int64_t cells, int64_t run,
+                         int64_t group) {
     int odd = 0;
     for (int64_t g = group; g > 1; g /= 2) odd = !odd;
     for (int64_t g = 1; g < group; g *= 2, cells /= 2, odd = !odd) {
@@ -343,8 +361,8 @@ static void spread(void *out, const void *x, int64_t n, int64_t times) {
 }
 
 /* Square blocks: the maximum over `edge` lanes becomes the maximum of each of them. */
-static void share_over_lanes(int32_t *maxima, int64_t lanes, int64_t blocks, int64_t lane_step, int64_t block_step,
-                             int64_t edge) {
+static void share_over_lanes(int32_t *maxima, int64_t lanes, int64_t blocks, int64_t lane_step,
+                             int64_t block_step, int64_t edge) {
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t l = 0; l < lanes; l += edge) {
             int32_t *m = maxima + b * block_step + l * lane_step, most = 0;
@@ -353,8 +371,8 @@ static void share_over_lanes(int32_t *maxima, int64_t lanes, int64_t blocks, int
         }
 }
 
-/* --- scales ----------------------------------------------------------------------------------------------------- */
-/* Each reads the maxima of n groups and writes the factor of encoding, the factor of decoding and the stored byte. */
+/* --- scales --------------------------------------------------------------------------------------------- */
+/* Each reads the maxima of n groups and writes the factors of encoding and decoding and the stored byte. */
 
 static void scale_e8m0(const Job *job, int64_t n, Work *w) {
     int32_t emax = (int32_t)job->emax, up_from = (int32_t)job->up_from, k_max = (int32_t)job->k_max;
@@ -400,6 +418,7 @@ INLINE float round_bf16(float x) { /* finite, not negative */
 static void scale_e6m2(const Job *job, int64_t n, Work *w) {
     const float seventh = 0x1.24p-3f; /* bf16(1/7) */
     int exact = (int)job->truncation_free;
+    float scale_max = (float)job->scale_max;
     const int32_t *restrict maxima = w->maxima;
     float *restrict multiply = w->multiply, *restrict decode = w->decode;
     int32_t *restrict stored = w->stored;
@@ -407,7 +426,7 @@ static void scale_e6m2(const Job *job, int64_t n, Work *w) {
         float v = to_float((uint32_t)maxima[i]);
         float s = exact ? v / 7.0f : round_bf16(v * seventh);
         s = s < 0x1p-48f ? 0x1p-48f : s;
-        s = s > 0x1.8p15f ? 0x1.8p15f : s;
+        s = s > scale_max ? scale_max : s;
         uint32_t bits = to_bits(s), rounded = (bits + (exact ? 0x1FFFFF : 0xFFFFF + (bits >> 21 & 1))) >> 21;
         float scale = to_float(rounded << 21);
         decode[i] = scale;
@@ -427,12 +446,14 @@ static void repeat(void *to, const void *from, int64_t cells, int64_t run, int64
 }
 
 /* Bit `first + i` of each word from the i-th of its `count` flags. */
-INLINE void collect_run(int32_t *word, const int32_t *flags, int64_t blocks, int64_t run, int count, int first) {
+INLINE void collect_run(int32_t *word, const int32_t *flags, int64_t blocks, int64_t run, int count,
+                        int first) {
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t l = 0; l < run; l++) {
-            int32_t bits = 0;
-            for (int i = 0; i < count; i++) bits |= flags[(b * count + i) * run + l] << (first + i);
-            word[b * run + l] |= bits;
+            uint32_t bits = 0;
+            for (int i = 0; i < count; i++)
+                bits |= (uint32_t)flags[(b * count + i) * run + l] << (first + i);
+            word[b * run + l] |= (int32_t)bits;
         }
 }
 
@@ -442,29 +463,42 @@ static void collect(int32_t *word, const int32_t *flags, int64_t blocks, int64_t
     else collect_run(word, flags, blocks, run & ~(int64_t)15, count, first);
 }
 
-/* The two levels of exponent bits below E6M2: shift = 2^-(e8 + e16) and decode per four elements, and the word. */
-static void scale_levels(const Job *job, const Shape *s, Work *w) {
-    int64_t run = s->run, fours = s->cells / 4 * run, eights = fours / 2, blocks = s->cells / 64;
-    int exact = (int)job->truncation_free;
-    int32_t *restrict e8 = (int32_t *)w->multiply_each, *restrict e16 = (int32_t *)w->shift_each;
-    int32_t *restrict e8_of_4 = w->scratch;
-    const int32_t *restrict maxima8 = w->maxima8, *restrict maxima4 = w->maxima4, *restrict scale = w->scale_each;
-    float *restrict factor = w->decode_each, *restrict shift = w->shift, *restrict decode = w->decode;
-    repeat(factor, w->multiply, blocks, run, 8);
-    for (int64_t i = 0; i < eights; i++) {
-        float v = to_float((uint32_t)maxima8[i]);
+/* n flags of level 2, one per eight elements: does the group's maximum need the next power of two? */
+INLINE void flag_eights(int32_t *restrict e8, const int32_t *restrict maxima, const float *restrict factor,
+                        int64_t n, int exact) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = to_float((uint32_t)maxima[i]);
         e8[i] = exact ? v / factor[i] > 3.5f : v * factor[i] >= 4.0f;
     }
-    repeat(e8_of_4, e8, s->cells / 8, run, 2);
-    repeat(w->scale_each, w->decode, blocks, run, 16);
-    repeat(factor, w->multiply, blocks, run, 16);
-    for (int64_t i = 0; i < fours; i++) {
-        float v = to_float((uint32_t)maxima4[i]), half = e8_of_4[i] ? 0.5f : 1.0f;
+}
+
+/* n flags of level 3, one per four elements; shift = 2^-(e8 + e16), decode = scale / shift. */
+INLINE void flag_fours(int32_t *restrict e16, const int32_t *restrict e8, const int32_t *restrict maxima,
+                       const float *restrict factor, const float *restrict scale, float *restrict shift,
+                       float *restrict decode, int64_t n, int exact) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = to_float((uint32_t)maxima[i]), half = to_float((uint32_t)(127 - e8[i]) << 23);
         e16[i] = exact ? v / factor[i] * half > 1.75f : v * factor[i] * half >= 2.0f;
-        uint32_t down = (uint32_t)(127 - e8_of_4[i] - e16[i]) << 23;
+        uint32_t down = (uint32_t)(127 - e8[i] - e16[i]) << 23;
         shift[i] = to_float(down);
-        decode[i] = to_float((uint32_t)scale[i]) * to_float((254u << 23) - down);
+        decode[i] = scale[i] * to_float((254u << 23) - down);
     }
+}
+
+/* The two levels of exponent bits below E6M2: shift and decode per four elements, and the word. */
+static void scale_levels(const Job *job, const Shape *s, Work *w) {
+    int64_t run = s->run, fours = s->cells / 4 * run, eights = fours / 2, blocks = s->cells / 64;
+    int32_t *e8 = (int32_t *)w->multiply_each, *e16 = (int32_t *)w->shift_each, *e8_of_4 = w->scratch;
+    float *factor = w->decode_each, *scale = w->scale_each;
+    repeat(factor, w->multiply, blocks, run, 8);
+    if (job->truncation_free) flag_eights(e8, w->maxima8, factor, eights, 1);
+    else flag_eights(e8, w->maxima8, factor, eights, 0);
+    repeat(e8_of_4, e8, s->cells / 8, run, 2);
+    repeat(factor, w->multiply, blocks, run, 16);
+    repeat(scale, w->decode, blocks, run, 16);
+    const int32_t *maxima4 = w->maxima4;
+    if (job->truncation_free) flag_fours(e16, e8_of_4, maxima4, factor, scale, w->shift, w->decode, fours, 1);
+    else flag_fours(e16, e8_of_4, maxima4, factor, scale, w->shift, w->decode, fours, 0);
     if (job->op == OP_FAKE_QUANTIZE) return;
     collect(w->stored, e8, blocks, run, 8, 8);
     collect(w->stored, e16, blocks, run, 16, 16);
@@ -482,17 +516,18 @@ static void block_maxima(const Job *job, const Shape *s, Work *w) {
         group_maxima(w->maxima, w->scratch, w->maxima8, s->cells / 8, s->run, job->block / 8);
     } else
         group_maxima(w->maxima, w->scratch, x, s->cells, s->run, job->block);
-    if (job->edge)
-        share_over_lanes(w->maxima, s->lanes, blocks, job->columns ? 1 : blocks, job->columns ? s->lanes : 1, job->edge);
+    if (job->edge && job->columns) share_over_lanes(w->maxima, s->lanes, blocks, 1, s->lanes, job->edge);
+    else if (job->edge) share_over_lanes(w->maxima, s->lanes, blocks, blocks, 1, job->edge);
 }
 
 /* Blocks that hold NaN or Inf become zero and are remembered in `bad`; returns whether there are any. */
 static int clear_bad(const Job *job, const Shape *s, Work *w) {
     int64_t n = s->cells / job->block * s->run;
+    const int32_t *maxima = w->maxima;
     int32_t most = 0;
-    for (int64_t i = 0; i < n; i++) most = max32(most, w->maxima[i]);
+    for (int64_t i = 0; i < n; i++) most = max32(most, maxima[i]);
     if (most < INF_BITS) return 0;
-    for (int64_t i = 0; i < n; i++) w->bad[i] = w->maxima[i] >= INF_BITS;
+    for (int64_t i = 0; i < n; i++) w->bad[i] = maxima[i] >= INF_BITS;
     for (int64_t c = 0; c < s->cells; c++)
         for (int64_t l = 0; l < s->run; l++)
             if (w->bad[c / job->block * s->run + l]) w->x[c * s->run + l] = 0.0f;
@@ -507,7 +542,8 @@ static void mark_bad(const Job *job, const Shape *s, Work *w) {
         for (int64_t l = 0; l < s->run; l++)
             if (w->bad[b * s->run + l]) {
                 w->stored[b * s->run + l] = nan[job->scaling];
-                for (int64_t g = 0; g < groups; g++) w->decode[(b * groups + g) * s->run + l] = to_float(0x7FC00000);
+                for (int64_t g = b * groups; g < (b + 1) * groups; g++)
+                    w->decode[g * s->run + l] = to_float(0x7FC00000);
             }
 }
 
@@ -524,7 +560,7 @@ static void scales(const Job *job, const Shape *s, Work *w) {
     if (bad) mark_bad(job, s, w);
 }
 
-/* --- elements --------------------------------------------------------------------------------------------------- */
+/* --- elements ------------------------------------------------------------------------------------------- */
 
 enum { MULTIPLY, MULTIPLY_SHIFT, DIVIDE_SHIFT }; /* how t = |x| / scale is reached */
 
@@ -543,7 +579,8 @@ INLINE void round_elements(const Elements *e, int reach, int even, int stochasti
     const float *restrict u = e->u;
     uint8_t *restrict codes = e->codes;
     float scale = e->scale, top = e->top, unit = e->unit, per_unit = 1.0f / unit;
-    for (int64_t i = 0; i < e->n; i++) {
+    int64_t n = e->n;
+    for (int64_t i = 0; i < n; i++) {
         uint32_t bits = to_bits(x[i]), sign = bits & SIGN_BIT;
         float t = to_float(bits & ABS_MASK), q;
         t = reach == DIVIDE_SHIFT ? t / multiply[i] : t * multiply[i];
@@ -577,10 +614,10 @@ INLINE void round_elements(const Elements *e, int reach, int even, int stochasti
     }
 }
 
-#define DEFINE_ROUND(name, reach, even)                                                                               \
-    static void name##_nearest(const Elements *e) { round_elements(e, reach, even, 0, 0); }                           \
-    static void name##_nearest_codes(const Elements *e) { round_elements(e, reach, even, 0, 1); }                     \
-    static void name##_stochastic(const Elements *e) { round_elements(e, reach, even, 1, 0); }                        \
+#define DEFINE_ROUND(name, reach, even)                                                                      \
+    static void name##_nearest(const Elements *e) { round_elements(e, reach, even, 0, 0); }                  \
+    static void name##_nearest_codes(const Elements *e) { round_elements(e, reach, even, 0, 1); }            \
+    static void name##_stochastic(const Elements *e) { round_elements(e, reach, even, 1, 0); }               \
     static void name##_stochastic_codes(const Elements *e) { round_elements(e, reach, even, 1, 1); }
 #define ROUND_ROW(name) {{name##_nearest, name##_nearest_codes}, {name##_stochastic, name##_stochastic_codes}}
 DEFINE_ROUND(e2m1, MULTIPLY, 1)
@@ -617,9 +654,9 @@ static void round_tile(const Job *job, const Shape *s, Work *w) {
     round(&e);
 }
 
-/* --- packed storage --------------------------------------------------------------------------------------------- */
+/* --- packed storage ------------------------------------------------------------------------------------- */
 
-static int64_t bytes_per_lane(const Job *job) { return round_up(job->padded, job->block) / 2; }
+static int64_t bytes_per_lane(const Job *job) { return job->blocks * job->block / 2; }
 
 static void store_codes(const Job *job, const Shape *s, const Place *p, Work *w) {
     int64_t row = bytes_per_lane(job), bytes = s->size / 2, used = min64(bytes, row - p->at / 2);
@@ -655,11 +692,12 @@ static void load_codes(const Job *job, const Shape *s, const Place *p, Work *w) 
 /* Where the stored scale of (lane, block) of a tile lies. */
 static int64_t scale_at(const Job *job, const Place *p, int64_t lane, int64_t block) {
     int64_t edge = max64(job->edge, 1), rows = (job->lanes + edge - 1) / edge;
-    int64_t blocks = (job->padded + job->block - 1) / job->block;
-    return (p->batch * rows + (p->lane + lane) / edge) * blocks + p->at / job->block + block;
+    return (p->batch * rows + (p->lane + lane) / edge) * job->blocks + p->at / job->block + block;
 }
 
-static int64_t blocks_inside(const Job *job, const Place *p) { return (p->size + job->block - 1) / job->block; }
+static int64_t blocks_inside(const Job *job, const Place *p) {
+    return (p->size + job->block - 1) / job->block;
+}
 
 static void store_scales(const Job *job, const Shape *s, const Place *p, const Work *w) {
     int64_t blocks = blocks_inside(job, p), per_lane = job->columns ? 1 : s->size / job->block;
@@ -680,49 +718,56 @@ static void load_scales(const Job *job, const Shape *s, const Place *p, Work *w)
     for (int64_t l = 0; l < p->lanes; l++) {
         int64_t at = scale_at(job, p, l, 0);
         for (int64_t b = 0; b < blocks; b++)
-            w->stored[l * per_lane + b * per_block] = job->scaling == E6M2 ? ((const int32_t *)job->scales)[at + b]
-                                                                           : ((const uint8_t *)job->scales)[at + b];
+            w->stored[l * per_lane + b * per_block] = job->scaling == E6M2
+                                                          ? ((const int32_t *)job->scales)[at + b]
+                                                          : ((const uint8_t *)job->scales)[at + b];
     }
 }
 
-static void decode_e8m0(int64_t n, Work *w) {
+static void decode_e8m0(float *restrict decode, const int32_t *restrict stored, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        uint32_t byte = (uint32_t)w->stored[i], bits = byte ? byte << 23 : 0x00400000u;
-        w->decode[i] = to_float(byte == 0xFF ? 0x7FC00000u : bits);
+        uint32_t byte = (uint32_t)stored[i], bits = byte ? byte << 23 : 0x00400000u;
+        decode[i] = to_float(byte == 0xFF ? 0x7FC00000u : bits);
     }
 }
 
-static void decode_e4m3(int64_t n, Work *w) {
+static void decode_e4m3(float *restrict decode, const int32_t *restrict stored, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        uint32_t byte = (uint32_t)w->stored[i], magnitude = byte & 0x7F;
+        uint32_t byte = (uint32_t)stored[i], magnitude = byte & 0x7F;
         float subnormal = (float)(int32_t)magnitude * 0x1p-9f;
         uint32_t bits = magnitude < 8 ? to_bits(subnormal) : (magnitude << 20) + ((127 - 7) << 23);
         bits = magnitude == 0x7F ? 0x7FC00000u : bits;
-        w->decode[i] = to_float(bits | (byte & 0x80) << 24);
+        decode[i] = to_float(bits | (byte & 0x80) << 24);
     }
 }
 
-static void decode_e6m2(const Shape *s, Work *w) {
-    int64_t run = s->run;
-    for (int64_t b = 0; b < s->cells / 64; b++)
-        for (int64_t g = 0; g < 16; g++)
-            for (int64_t l = 0; l < run; l++) {
-                uint32_t word = (uint32_t)w->stored[b * run + l], byte = word & 0xFF;
-                uint32_t exponent = (word >> (8 + g / 2) & 1) + (word >> (16 + g) & 1);
-                float scale = to_float(byte == 0xFF ? 0x7FC00000u : (byte << 21) + ((127 - 48) << 23));
-                w->decode[(b * 16 + g) * run + l] = scale * to_float((127 + exponent) << 23);
-            }
+/* Four-element group g of a block, from the words of `run` lanes. */
+INLINE void decode_e6m2(float *restrict decode, const int32_t *restrict words, int64_t run, int g) {
+    for (int64_t l = 0; l < run; l++) {
+        uint32_t word = (uint32_t)words[l], byte = word & 0xFF;
+        uint32_t exponent = (word >> (8 + g / 2) & 1) + (word >> (16 + g) & 1);
+        float scale = to_float(byte == 0xFF ? 0x7FC00000u : (byte << 21) + ((127 - 48) << 23));
+        decode[l] = scale * to_float((127 + exponent) << 23);
+    }
+}
+
+static void decode_words(float *decode, const int32_t *words, int64_t blocks, int64_t run) {
+    for (int64_t b = 0; b < blocks; b++)
+        for (int g = 0; g < 16; g++) {
+            if (run == 1) decode_e6m2(decode + b * 16 + g, words + b, 1, g);
+            else decode_e6m2(decode + (b * 16 + g) * run, words + b * run, run & ~(int64_t)15, g);
+        }
 }
 
 static void decode_scales(const Job *job, const Shape *s, Work *w) {
     int64_t n = s->cells / job->block * s->run;
-    if (job->scaling == E8M0) decode_e8m0(n, w);
-    else if (job->scaling == E4M3) decode_e4m3(n, w);
-    else decode_e6m2(s, w);
+    if (job->scaling == E8M0) decode_e8m0(w->decode, w->stored, n);
+    else if (job->scaling == E4M3) decode_e4m3(w->decode, w->stored, n);
+    else decode_words(w->decode, w->stored, s->cells / 64, s->run);
 }
 
-static void decode_run(float *restrict y, const uint8_t *restrict codes, const float *restrict decode, int64_t n,
-                       uint32_t magnitudes, float unit, float scale) {
+static void decode_run(float *restrict y, const uint8_t *restrict codes, const float *restrict decode,
+                       int64_t n, uint32_t magnitudes, float unit, float scale) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t code = codes[i];
         float value = (float)(int32_t)(magnitudes >> 4 * (code & 7) & 15) * unit;
@@ -741,15 +786,15 @@ static void decode_tile(const Job *job, const Shape *s, Work *w) {
         return;
     }
     for (int64_t c = 0; c < s->cells; c++)
-        decode_run(w->x + c * s->run, w->codes + c * s->run, w->decode + c / group * s->run, s->run, magnitudes, unit,
-                   scale);
+        decode_run(w->x + c * s->run, w->codes + c * s->run, w->decode + c / group * s->run, s->run,
+                   magnitudes, unit, scale);
 }
 
-/* --- one tile of each op ---------------------------------------------------------------------------------------- */
+/* --- one tile of each op -------------------------------------------------------------------------------- */
 
 static void tile_quantize(const Job *job, const Shape *s, const Place *p, Work *w) {
     load(job, s, p, w);
-    transform(job, s, w);
+    transform(job, s, p, w);
     scales(job, s, w);
     if (job->seed) load_random(job, s, p, w);
     round_tile(job, s, w);
@@ -771,40 +816,41 @@ static void tile_dequantize(const Job *job, const Shape *s, const Place *p, Work
 
 static void tile_hadamard(const Job *job, const Shape *s, const Place *p, Work *w) {
     load(job, s, p, w);
-    transform(job, s, w);
+    transform(job, s, p, w);
     store(job, s, p, w);
 }
 
 /* Raise *(int32_t *)y to the largest finite magnitude. */
 static void raise_to(void *y, int32_t most) {
-    int32_t seen = __atomic_load_n((int32_t *)y, __ATOMIC_RELAXED);
-    while (most > seen && !__atomic_compare_exchange_n((int32_t *)y, &seen, most, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    enum { ORDER = __ATOMIC_RELAXED };
+    int32_t seen = __atomic_load_n((int32_t *)y, ORDER);
+    while (most > seen && !__atomic_compare_exchange_n((int32_t *)y, &seen, most, 0, ORDER, ORDER)) {
     }
 }
 
 static void tile_amax(const Job *job, const Shape *s, const Place *p, Work *w) {
     load(job, s, p, w);
-    transform(job, s, w);
+    transform(job, s, p, w);
     const int32_t *bits = (const int32_t *)w->x;
     int32_t most = 0;
     for (int64_t i = 0; i < s->cells * s->run; i++) {
         int32_t magnitude = bits[i] & ABS_MASK;
-        most = max32(most, magnitude < INF_BITS ? magnitude : 0);
+        most = max32(most, magnitude & -(magnitude < INF_BITS));
     }
     raise_to(job->y, most);
 }
 
-/* Without a transform the maximum needs no layout and no conversion: magnitudes order like their bits in each dtype. */
-#define DEFINE_AMAX(name, type, inf, widen)                                                                           \
-    static uint32_t name(const void *from, int64_t n) {                                                               \
-        const type *restrict x = (const type *)from;                                                                  \
-        type most = 0;                                                                                                \
-        for (int64_t i = 0; i < n; i++) {                                                                             \
-            type magnitude = (type)(x[i] & ((type)-1 >> 1));                                                          \
-            magnitude = magnitude < inf ? magnitude : 0;                                                              \
-            most = most > magnitude ? most : magnitude;                                                               \
-        }                                                                                                             \
-        return widen(most);                                                                                           \
+/* Without a transform the maximum needs no layout and no conversion: magnitudes order like their bits. */
+#define DEFINE_AMAX(name, type, inf, widen)                                                                  \
+    static uint32_t name(const void *from, int64_t n) {                                                      \
+        const type *restrict x = (const type *)from;                                                         \
+        type most = 0;                                                                                       \
+        for (int64_t i = 0; i < n; i++) {                                                                    \
+            type magnitude = (type)(x[i] & ((type)-1 >> 1));                                                 \
+            magnitude &= (type)-(magnitude < inf);                                                           \
+            most = most > magnitude ? most : magnitude;                                                      \
+        }                                                                                                    \
+        return widen(most);                                                                                  \
     }
 DEFINE_AMAX(amax_f32, uint32_t, INF_BITS, widen_f32)
 DEFINE_AMAX(amax_bf16, uint16_t, 0x7F80, widen_bf16)
@@ -814,12 +860,12 @@ DEFINE_AMAX(amax_f16, uint16_t, 0x7C00, widen_f16)
 
 static void tile_amax_flat(const Job *job, int64_t index) {
     static uint32_t (*const amax[])(const void *, int64_t) = {amax_f32, amax_bf16, amax_f16};
-    int64_t first = index * AMAX_CHUNK, bytes = job->x_dtype == F32 ? 4 : 2;
-    uint32_t most = amax[job->x_dtype]((const char *)job->x + first * bytes, min64(AMAX_CHUNK, job->size - first));
+    int64_t first = index * AMAX_CHUNK, n = min64(AMAX_CHUNK, job->size - first);
+    uint32_t most = amax[job->x_dtype]((const char *)job->x + first * (job->x_dtype == F32 ? 4 : 2), n);
     raise_to(job->y, (int32_t)most);
 }
 
-/* --- threads ---------------------------------------------------------------------------------------------------- */
+/* --- threads -------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const Job *job;
@@ -831,18 +877,18 @@ static int work_allocate(Work *w, const Job *job, const Shape *s) {
     int64_t n = s->cells * s->run, fours = n / 4 + 16, words = max64(n, job->hadamard) + 32;
     int64_t each = job->columns ? n / 4 + 16 : n + 16; /* columns need no spreading, only room for flags */
     float **floats[] = {&w->x, &w->u, &w->multiply_each, &w->shift_each, &w->decode_each,
-                        &w->multiply, &w->shift, &w->decode};
-    int32_t **ints[] = {&w->maxima, &w->maxima8, &w->maxima4, &w->scratch, &w->stored, &w->bad, &w->scale_each};
-    int64_t float_sizes[] = {n, n + 8, each, each, each, n / 2 + 16, fours, n / 2 + 16};
-    int64_t int_sizes[] = {n / 2 + 16, n / 2 + 16, n / 2 + 16, words, n / 2 + 16, n / 2 + 16, fours};
+                        &w->multiply, &w->shift, &w->decode, &w->scale_each};
+    int32_t **ints[] = {&w->maxima, &w->maxima8, &w->maxima4, &w->scratch, &w->stored, &w->bad};
+    int64_t float_sizes[] = {n, n + 8, each, each, each, n / 2 + 16, fours, n / 2 + 16, fours};
+    int64_t int_sizes[] = {n / 2 + 16, n / 2 + 16, n / 2 + 16, words, n / 2 + 16, n / 2 + 16};
     size_t total = (size_t)(2 * n) + 256;
-    for (int i = 0; i < 8; i++) total += (size_t)round_up(float_sizes[i] * 4, 64);
-    for (int i = 0; i < 7; i++) total += (size_t)round_up(int_sizes[i] * 4, 64);
+    for (int i = 0; i < 9; i++) total += (size_t)round_up(float_sizes[i] * 4, 64);
+    for (int i = 0; i < 6; i++) total += (size_t)round_up(int_sizes[i] * 4, 64);
     w->memory = malloc(total);
     if (!w->memory) return 0;
     char *at = (char *)(((uintptr_t)w->memory + 63) & ~(uintptr_t)63);
-    for (int i = 0; i < 8; i++) *floats[i] = (float *)at, at += round_up(float_sizes[i] * 4, 64);
-    for (int i = 0; i < 7; i++) *ints[i] = (int32_t *)at, at += round_up(int_sizes[i] * 4, 64);
+    for (int i = 0; i < 9; i++) *floats[i] = (float *)at, at += round_up(float_sizes[i] * 4, 64);
+    for (int i = 0; i < 6; i++) *ints[i] = (int32_t *)at, at += round_up(int_sizes[i] * 4, 64);
     w->codes = (uint8_t *)at;
     w->bytes = w->codes + n;
     return 1;
@@ -886,7 +932,7 @@ static void worker(void *arg) {
 
 static void tensor_scale_of(const Job *job) {
     float amax = *(float *)job->y, scale = amax / (float)job->top;
-    scale = scale < 0x1p-126f ? 0x1p-126f : scale;
+    scale = scale < TENSOR_SCALE_MIN ? TENSOR_SCALE_MIN : scale;
     *(float *)job->y = amax == 0.0f ? 1.0f : scale;
 }
 
@@ -895,25 +941,29 @@ static void merge_rows(Job *job) {
     int dense = job->batch_stride == job->lanes * job->size || job->batch == 1;
     if (job->op == OP_DEQUANTIZE) dense = 1;
     else dense = dense && job->stride == 1 && (job->lane_stride == job->size || job->lanes == 1);
-    if (job->columns || job->edge || !dense || job->size % unit_of(job) || job->padded != job->size) return;
+    int whole = job->size % unit_of(job) == 0 && job->padded == job->size;
+    int stored = job->op == OP_HADAMARD || job->blocks * job->block == job->size;
+    if (job->columns || job->edge || !dense || !whole || !stored) return;
     job->size *= job->lanes * job->batch;
+    job->blocks *= job->lanes * job->batch;
     job->padded = job->size;
     job->lanes = job->batch = 1;
 }
 
 #define SERIAL_ELEMENTS 32768
 
-/* Returns 0, or 1 where the reference must be asked instead: no memory, or a tensor scale so extreme that zeros would
+/* Returns 0, or 1 where the reference must be asked: no memory, or a tensor scale so extreme that zeros would
  * meet an infinite reciprocal. */
 int fp4_run(Job *job) {
-    if (job->scale_in && !(*job->scale_in >= 0x1p-121f && *job->scale_in <= 0x1.fffffep127f)) return 1;
+    if (job->scale_in && !(*job->scale_in >= TENSOR_SCALE_MIN && *job->scale_in <= 0x1.fffffep127f)) return 1;
     Pool pool = {.job = job};
     merge_rows(job);
     pool.shape = tile_shape(job);
     pool.tiles = is_flat(job) ? (job->size + AMAX_CHUNK - 1) / AMAX_CHUNK
                               : job->batch * pool.shape.lane_tiles * pool.shape.size_tiles;
     int64_t elements = job->batch * job->lanes * job->padded;
-    unsigned threads = elements <= SERIAL_ELEMENTS || !parallel_entry ? 1 : (unsigned)min64(job->threads, pool.tiles);
+    int serial = elements <= SERIAL_ELEMENTS || !parallel_entry;
+    unsigned threads = serial ? 1 : (unsigned)min64(job->threads, pool.tiles);
     pool.chunk = max64(1, pool.tiles / (threads * 16));
     if (job->op == OP_TENSOR_SCALE) *(float *)job->y = 0.0f;
     if (threads > 1) parallel_entry(worker, &pool, threads, 0);

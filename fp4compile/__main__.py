@@ -1,0 +1,5 @@
+"""`python -m fp4compile`."""
+
+from fp4compile.cli import main
+
+main()

@@ -1,0 +1,335 @@
+"""`convert`: a model in, a folder with packed FP4 weights out.
+
+    config.json + safetensors  ->  meta model  ->  captured graph  ->  passes up to insert_qdq
+    quantize(%q_proj.weight, 'hif4', 1)  ->  q_proj.codes, q_proj.scales
+
+The graph decides: what stands there as `quantize` of a parameter is what is packed, along the axis and in the
+format written there. It is captured without weights; these are then read, packed and written one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fp4compile import checkpoint, hf
+from fp4compile import recipe as recipes
+from fp4compile.checkpoint import WEIGHTS, Entry
+from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
+from fp4compile.packed import PackedWeight
+from fp4compile.plan import decide, tied_names
+from fp4compile.recipe import Recipe
+from fp4compile.report import Report
+
+MANIFEST = "fp4compile.json"
+# Raised when a reader of the old layout would misread the new one.
+VERSION = 1
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a conversion wrote.
+
+    Attributes:
+        path: the folder.
+        report: what each GEMM became; `weight_bytes` counts the packed weights before and after.
+        bytes_before, bytes_after: bytes of all tensors of the model, and of the written weight file.
+    """
+
+    path: Path
+    report: Report
+    bytes_before: int
+    bytes_after: int
+
+
+# --- what the checkpoint holds ------------------------------------------------------------------------------
+
+
+# Names that old checkpoints still use.
+_LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))
+
+
+def _candidates(name: str, prefix: str) -> list[str]:
+    """Names under which a checkpoint may hold a tensor: saved from, or for, the base model alone."""
+    plain = name.removeprefix(f"{prefix}.") if prefix else name
+    names = [name, plain, f"{prefix}.{name}"]
+    for new, old in _LEGACY:
+        names += [n.removesuffix(new) + old for n in (name, plain) if n.endswith(new)]
+    return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One tensor of the model, tied names merged: its name in the output and where its values come from."""
+
+    name: str
+    entry: Entry
+    packed: PackedWeight | None = None
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of what is written."""
+        if self.packed is None:
+            return {self.name: (self.entry.dtype, self.entry.shape)}
+        return {f"{self.module}.{n}": (t.dtype, tuple(t.shape)) for n, t in self.packed.parts().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written."""
+        value = self.entry.read()
+        if self.packed is None:
+            return {self.name: value}
+        return {f"{self.module}.{n}": t for n, t in self.packed.pack(value).items()}
+
+
+def _match(
+    model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, Entry], where: str
+) -> list[_Item]:
+    """Every tensor of the model with its source, then those that the checkpoint holds beyond the model's.
+
+    Raises:
+        FP4ValueError: the checkpoint lacks a tensor, holds another shape, or two values for tied names.
+    """
+    items: list[_Item] = []
+    used: set[str] = set()
+    missing: list[str] = []
+    tied = tied_names(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for names in {group[0]: group for group in tied.values()}.values():
+        found = {n: next((c for c in _candidates(n, prefix) if c in source), None) for n in names}
+        held = {n: key for n, key in found.items() if key is not None}
+        if not held:
+            missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
+            continue
+        name, key = next(iter(held.items()))
+        entry = source[key]
+        if entry.shape != shapes[name]:
+            raise FP4ValueError(
+                f"{where}: tensor {key!r} has shape {entry.shape}, the model expects {shapes[name]}"
+            )
+        if names[0] in plan and entry.dtype not in DTYPES:
+            raise FP4ValueError(
+                f"{where}: cannot pack tensor {key!r} of dtype {entry.dtype}; allowed: fp32, bf16, fp16"
+            )
+        _check_equal(entry, [source[k] for k in held.values() if k != key], list(held.values()), where)
+        used.update(held.values())
+        items.append(_Item(name, entry, plan.get(names[0])))
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise FP4ValueError(
+            f"{where} lacks tensors of {type(model).__name__}: {', '.join(missing[:8])}{more}"
+        )
+    return items + [_Item(name, entry) for name, entry in source.items() if name not in used]
+
+
+def _check_equal(first: Entry, others: Iterable[Entry], keys: list[str], where: str) -> None:
+    if not all(o.shape == first.shape and torch.equal(first.read(), o.read()) for o in others):
+        raise FP4ValueError(f"{where}: the configuration ties {' and '.join(keys)}, but their values differ")
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        console=console, disable=not (console.is_terminal and sys.stderr.isatty()), transient=True
+    )
+
+
+def _write_safetensors(items: Sequence[_Item], folder: Path) -> None:
+    """Pack and write tensor by tensor; no more than one is held."""
+    layout = {name: row for item in items for name, row in item.layout().items()}
+    with checkpoint.Writer(folder / WEIGHTS, layout) as writer, _progress() as progress:
+        task = progress.add_task("packing weights", total=sum(item.entry.nbytes for item in items))
+        for item in items:
+            for name, tensor in item.tensors().items():
+                writer.write(name, tensor)
+            progress.advance(task, item.entry.nbytes)
+
+
+# Target -> what writes the tensors into a folder.
+TARGETS: Mapping[str, Callable[[Sequence[_Item], Path], None]] = {"safetensors": _write_safetensors}
+
+
+def _packed_bytes(items: Iterable[_Item]) -> tuple[int, int]:
+    packed = [item for item in items if item.packed]
+    after = sum(checkpoint.nbytes(*row) for item in packed for row in item.layout().values())
+    return sum(item.entry.nbytes for item in packed), after
+
+
+def _manifest(
+    model: nn.Module,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    items: Sequence[_Item],
+    report: Report,
+    files: list[str],
+) -> dict[str, Any]:
+    from fp4compile import __version__
+
+    known = set(model.state_dict())
+    packed = {item.module: item.packed for item in items if item.packed}
+    counts: dict[str, Any] = {s: report.count(s) for s in ("fp4", "kept", "refused")}
+    return {
+        "version": VERSION,
+        "fp4compile": __version__,
+        "architecture": type(model).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "formats": sorted({row.weight.format for row in packed.values()}),
+        "recipe": recipe.to_dict(),
+        "weights": {path: row.to_dict() for path, row in packed.items()},
+        "extra": sorted(item.name for item in items if item.name not in known),
+        "files": sorted(files),
+        "report": {
+            **counts,
+            "fp4_share": report.fp4_share,
+            "weight_bytes": list(report.weight_bytes),
+            "notes": report.notes,
+            "summary": report.summary(),
+        },
+    }
+
+
+def _check_out(out: Path, source: Any, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FP4ValueError(f"output {str(out)!r} exists and is no folder")
+    if isinstance(source, Path) and out.resolve() == source.resolve():
+        raise FP4ValueError(f"output {str(out)!r} is the model's own folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FP4ValueError(
+            f"output folder {str(out)!r} is not empty; pass overwrite=True to replace its files"
+        )
+
+
+def _publish(new: Path, out: Path) -> None:
+    """Put a finished folder in its place: by one rename, or file by file into a folder that holds something.
+
+    Nothing is deleted that a conversion did not write. The manifest goes first and comes last, so that a
+    folder that is part old and part new is none that loads.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        os.replace(new, out)
+        return
+    old = out / MANIFEST
+    if old.is_file():
+        try:
+            stale = json.loads(old.read_text(encoding="utf-8")).get("files", [])
+        except (ValueError, AttributeError):
+            stale = []
+        old.unlink()
+        for name in stale:
+            if isinstance(name, str) and Path(name).name == name:
+                (out / name).unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda f: f.name == MANIFEST):
+        os.replace(file, out / file.name)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to convert: its configuration, class and tensors; `origin` is the folder or the model."""
+
+    origin: Any
+    config: Any
+    cls: type
+    entries: dict[str, Entry]
+
+    @property
+    def name(self) -> str:
+        return str(self.origin) if isinstance(self.origin, Path) else self.cls.__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point matrix."""
+        dtypes = [e.dtype for e in self.entries.values() if e.dtype in DTYPES and len(e.shape) > 1]
+        return dtypes[0] if dtypes else torch.float32
+
+
+def _source(model_or_path: Any) -> _Source:
+    if isinstance(model_or_path, str | Path):
+        folder = Path(model_or_path).expanduser()
+        config = hf.read_config(folder)
+        return _Source(folder, config, hf.class_of(config, folder), checkpoint.from_folder(folder))
+    if not hf.is_model(model_or_path):
+        raise FP4TypeError(
+            "convert takes a transformers model or the folder of one, not a " + type(model_or_path).__name__
+        )
+    config = deepcopy(model_or_path.config)
+    if getattr(config, "quantization_config", None):
+        raise FP4ValueError(f"{type(model_or_path).__name__} is quantised already; convert the original")
+    config.architectures = [type(model_or_path).__name__]
+    cls = hf.model_class(type(model_or_path).__name__, "the model's class")
+    return _Source(model_or_path, config, cls, checkpoint.from_module(model_or_path))
+
+
+def convert(
+    model_or_path: Any,
+    recipe: str | Path | Recipe = "hif4-w4a16",
+    to: str = "safetensors",
+    out: str | Path = "dir",
+    *,
+    keep: Sequence[str] = (),
+    example_inputs: Any = None,
+    strict: bool = True,
+    overwrite: bool = False,
+) -> Artifact:
+    """Write a model with the weights that the recipe names packed to FP4; `fp4compile.load` runs the result.
+
+    The inference graph is captured without weights. Each weight is quantised once along its contraction axis,
+    to nearest; one tensor is in memory at a time. A training recipe counts with its forward rules.
+
+    Args:
+        model_or_path: a transformers model folder with safetensors weights, or a transformers model.
+        recipe: a preset's name, a TOML file or a `Recipe`.
+        to: the target, "safetensors".
+        out: folder to write: `model.safetensors`, `config.json` and tokenizer files, `fp4compile.json`.
+        keep: globs of modules that stay in high precision.
+        example_inputs: what the model is called with to capture it, made up by default; only shapes and
+            dtypes matter.
+        strict: a GEMM that the recipe asks for and that cannot be done is an error; else it is reported.
+        overwrite: replace files in `out` if it holds any.
+
+    Raises:
+        FP4ValueError: an unknown recipe or target, no model folder, `out` not empty, a weight missing in the
+            checkpoint, a weight that two GEMMs want in different ways, a GEMM refused (when strict).
+        FP4TypeError: neither a path nor a transformers model.
+    """
+    if to not in TARGETS:
+        raise unknown("target", to, TARGETS)
+    resolved = recipes.resolve(recipe, keep)
+    given, out = _source(model_or_path), Path(out).expanduser()
+    _check_out(out, given.origin, overwrite)
+    model = hf.meta_model(given.cls, given.config, given.dtype)
+    report, weights = decide(model, example_inputs, resolved, strict)
+    if not weights:
+        report.notes.append("no weight was packed: the recipe keeps every GEMM of this model")
+    items = _match(model, weights, given.entries, given.name)
+    report.weight_bytes = _packed_bytes(items)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        hf.write_companions(given.origin, given.config, new)
+        TARGETS[to](items, new)
+        after = (new / WEIGHTS).stat().st_size
+        manifest = _manifest(model, resolved, given.dtype, items, report, [f.name for f in new.iterdir()])
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _publish(new, out)
+    return Artifact(out, report, sum(item.entry.nbytes for item in items), after)

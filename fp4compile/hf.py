@@ -1,0 +1,153 @@
+"""What convert and load need of transformers, which is imported only here and only when called."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fp4compile.errors import FP4ValueError, unknown
+
+CONFIG = "config.json"
+# What travels with a model besides its weights; never code, never pickles.
+_COMPANIONS = (
+    CONFIG,
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *(
+        "tokenizer*.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.*",
+    ),
+    *(
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece*.model",
+        "*.tiktoken",
+        "LICENSE*",
+    ),
+)
+
+
+def transformers() -> ModuleType:
+    """The package, or an error that says how to get it."""
+    try:
+        import transformers as package
+    except ImportError as error:
+        raise FP4ValueError(
+            "transformers models need the transformers package: pip install transformers"
+        ) from error
+    return package
+
+
+def is_model(thing: Any) -> bool:
+    """Whether it is a transformers model; does not import transformers for anything else."""
+    names = {f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in type(thing).__mro__}
+    return "transformers.PreTrainedModel" in names
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a transformers folder.
+
+    Raises:
+        FP4ValueError: no such folder, no config.json or a malformed one, a model with code of its own, or
+            one that is quantised already.
+    """
+    if not folder.is_dir():
+        raise FP4ValueError(f"{str(folder)!r} is no folder; expected a transformers model folder")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FP4ValueError(f"{str(folder)!r} is no transformers model folder: it has no {CONFIG}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = transformers().AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise FP4ValueError(f"{path}: {error}") from error
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise FP4ValueError(f"{path}: the model is quantised already ({method}); convert the original")
+    return config
+
+
+def model_class(name: str | None, where: str) -> type:
+    """The transformers model class of that name; anything else is an error."""
+    found = getattr(transformers(), name, None) if name else None
+    if not (isinstance(found, type) and issubclass(found, transformers().PreTrainedModel)):
+        raise FP4ValueError(
+            f"{where}: {name!r} is no model class of transformers {transformers().__version__}"
+        )
+    return found
+
+
+def class_of(config: Any, folder: Path) -> type:
+    """The class that config.json names as the one that was saved."""
+    names = getattr(config, "architectures", None) or [None]
+    return model_class(names[0], str(folder / CONFIG))
+
+
+def meta_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model without storage, in eval mode: enough to capture its graph and list its tensors."""
+    with torch.device("meta"):
+        model: nn.Module = cls._from_config(deepcopy(config), dtype=dtype)
+    return model.eval()
+
+
+def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters on the meta device and buffers in memory, in eval mode.
+
+    Buffers that no checkpoint holds (rotary frequencies, masks) are real: the constructor computes them.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter is None or parameter.is_meta:  # a tied parameter must stay the same object
+            return parameter
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = cls._from_config(deepcopy(config), dtype=dtype)
+    finally:
+        hook.remove()
+    return model.eval()
+
+
+def write_companions(origin: Any, config: Any, out: Path) -> None:
+    """Copy a folder's config, tokenizer and licence files, or write the config of a model in memory."""
+    if isinstance(origin, Path):
+        for pattern in _COMPANIONS:
+            for file in origin.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, out / file.name)
+        return
+    config.save_pretrained(out)
+    if origin.can_generate():
+        origin.generation_config.save_pretrained(out)
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a loaded model the generation settings that lie beside it."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers().GenerationConfig.from_pretrained(
+            folder, local_files_only=True
+        )
+
+
+def known_dtype(name: Any, where: str) -> torch.dtype:
+    """The dtype that a file names; floating-point ones only."""
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in allowed:
+        raise unknown(f"dtype in {where}:", name, allowed)
+    return allowed[name]

@@ -1,0 +1,168 @@
+"""`load`: a folder that `convert` wrote in, a model that runs on packed weights out.
+
+Reads JSON and safetensors, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4compile import checkpoint, hf
+from fp4compile.backend import install_kernels
+from fp4compile.checkpoint import WEIGHTS
+from fp4compile.convert import DTYPES, MANIFEST, VERSION
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.packed import PackedLinear, PackedWeight, replaced
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FP4ValueError(f"{str(folder)!r} is no converted model: it has no {MANIFEST}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FP4ValueError(f"{path}: malformed JSON: {error}") from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != VERSION:
+        raise FP4ValueError(
+            f"{path}: version {version!r} is not known here (known: {VERSION}); it was written by fp4compile "
+            f"{data.get('fp4compile', '?') if isinstance(data, dict) else '?'}"
+        )
+    if not isinstance(data.get("weights"), dict):
+        raise FP4ValueError(f"{path}: 'weights' must be a table")
+    return data
+
+
+def _rows(manifest: Mapping[str, Any], folder: Path) -> dict[str, PackedWeight]:
+    rows = {}
+    for path, data in manifest["weights"].items():
+        try:
+            rows[path] = PackedWeight.from_dict(data)
+        except FP4ValueError as error:
+            raise FP4ValueError(f"{folder / MANIFEST}: weight of {path!r}: {error}") from error
+    return rows
+
+
+def _replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def _pack_modules(model: nn.Module, rows: Mapping[str, PackedWeight], where: str) -> None:
+    """Put a `PackedLinear` in the place of each packed module, and of those that share its weight."""
+    by_weight: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        by_weight.setdefault(id(getattr(module, "weight", None)), []).append(path)
+    for path, row in rows.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise FP4ValueError(f"{where}: the model has no module {path!r}") from error
+        first = replaced(module, row)
+        made = {id(module): first}
+        for other in by_weight[id(module.weight)]:
+            twin = model.get_submodule(other)
+            if id(twin) not in made:
+                made[id(twin)] = replaced(twin, row, share=first)
+            _replace_module(model, other, made[id(twin)])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module holds a tensor: in its `_parameters` or its `_buffers`."""
+
+    held: dict[str, Any]
+    name: str
+    is_parameter: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        found: Tensor = self.held[self.name]
+        return found
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """Every name in the state dict -> all places that hold that very tensor."""
+    same: dict[int, list[_Place]] = {}
+    names: dict[str, list[_Place]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    group = same.setdefault(id(tensor), [])
+                    group.append(_Place(held, name, held is module._parameters))
+                    names[f"{path}.{name}" if path else name] = group
+    return names
+
+
+def _fill(
+    model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype | None, extra: list[str]
+) -> None:
+    """Give every tensor its stored values, one at a time; tied ones stay tied."""
+    places = _places(model)
+    for name, entry in checkpoint.from_file(file, str(device)).items():
+        if name not in places:
+            if name in extra:
+                continue
+            raise FP4ValueError(f"{file}: the model has no tensor {name!r}")
+        expected = tuple(places[name][0].tensor.shape)
+        if expected != entry.shape:
+            raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
+        tensor = entry.read()
+        if dtype is not None and tensor.is_floating_point() and not name.endswith(".tensor_scale"):
+            tensor = tensor.to(dtype)
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for place in places[name]:
+            place.held[place.name] = parameter if place.is_parameter else tensor
+    missing = [name for name, (place, *_) in places.items() if place.tensor.is_meta]
+    if missing:
+        raise FP4ValueError(f"{file} lacks {', '.join(missing[:8])}")
+
+
+def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a model that `fp4compile.convert` wrote; its FP4 weights stay packed in memory.
+
+    Args:
+        dir: the folder.
+        device: where the tensors go.
+        dtype: fp32, bf16 or fp16 for everything that is not packed; None keeps what is stored.
+
+    Returns:
+        The transformers model in eval mode, parameters frozen; each packed layer is a `PackedLinear`.
+
+    Raises:
+        FP4ValueError: no converted model, an unknown version or format, a tensor missing or of another shape.
+        FP4TypeError: an unusable dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise FP4TypeError(f"cannot load as {dtype}; allowed: fp32, bf16, fp16")
+    folder = Path(dir).expanduser()
+    if not folder.is_dir():
+        raise FP4ValueError(f"{str(folder)!r} is no folder")
+    where = str(folder / MANIFEST)
+    manifest = _read_manifest(folder)
+    rows = _rows(manifest, folder)
+    config = hf.read_config(folder)
+    cls = hf.model_class(manifest.get("architecture"), where)
+    stored = hf.known_dtype(manifest.get("dtype"), where)
+    model = hf.skeleton(cls, config, dtype or stored)
+    _pack_modules(model, rows, where)
+    target = torch.device(device)
+    _fill(model, folder / WEIGHTS, target, dtype, list(manifest.get("extra", [])))
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.dtype = dtype or stored
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to(target)
+    install_kernels()
+    hf.read_generation_config(model, folder)
+    return model

@@ -1,0 +1,212 @@
+"""A linear layer whose weight stays packed: codes and scales in, `fp4compile.mm` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4compile.backend import install_kernels
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.hadamard import signs
+from fp4compile.recipe import Operand
+
+PARTS = ("codes", "scales", "tensor_scale")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """How a weight is packed and how its GEMM reads the other operand.
+
+    Attributes:
+        shape: of the weight in the model.
+        axis: the contraction axis: 1 for `nn.Linear` [out, in], 0 for GPT-2's `Conv1D` [in, out].
+        weight: its spec; weights are rounded to nearest.
+        input: spec of the activation, None where it stays in high precision.
+    """
+
+    shape: tuple[int, int]
+    axis: int
+    weight: Operand
+    input: Operand | None = None
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Sizes of input and output."""
+        return self.shape[self.axis], self.shape[1 - self.axis]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: shape, axis, the weight's spec and the input's."""
+        spec = asdict(self.weight)
+        spec.pop("rounding")
+        given = asdict(self.input) if self.input else None
+        return {"shape": list(self.shape), "axis": self.axis, **spec, "input": given}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PackedWeight:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FP4ValueError: a key is missing or unknown, or a format is not known here.
+        """
+        try:
+            spec = dict(data)
+            shape, axis, given = tuple(map(int, spec.pop("shape"))), spec.pop("axis"), spec.pop("input")
+            row = cls((shape[0], shape[1]), axis, Operand(**spec), Operand(**given) if given else None)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise FP4ValueError(f"malformed description of a packed weight: {error!r}") from error
+        if len(shape) != 2 or axis not in (0, 1):
+            raise FP4ValueError(f"a packed weight is a matrix packed along axis 0 or 1, got {shape}, {axis}")
+        return row
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise a weight to nearest.
+
+        Returns:
+            `codes` uint8 [out, in/2], padded to whole blocks; `scales`; `tensor_scale` if the spec has one.
+        """
+        install_kernels()
+        spec = self.weight
+        scale = None
+        if spec.scaled_per_tensor:
+            scale = torch.ops.fp4compile.tensor_scale(weight, spec.format, self.axis, spec.hadamard)
+        codes, scales = torch.ops.fp4compile.quantize(
+            weight,
+            spec.format,
+            self.axis,
+            scale_rule=spec.scale_rule,
+            block_2d=spec.block_2d,
+            tensor_scale=scale,
+            hadamard=spec.hadamard,
+        )
+        parts = {"codes": codes, "scales": scales}
+        return parts if scale is None else {**parts, "tensor_scale": scale}
+
+    def parts(self) -> dict[str, Tensor]:
+        """What `pack` returns, on the meta device: dtypes and shapes."""
+        return self.pack(torch.empty(self.shape, device="meta"))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a packed weight.
+
+    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype, accumulated in fp32. The
+    activation is fake-quantised first where the row says so.
+
+    Attributes:
+        codes, scales, tensor_scale: buffers, as `PackedWeight.pack` returns them; `tensor_scale` stays fp32.
+        bias: [out] or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: PackedWeight, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.packed = packed
+        self.in_features, self.out_features = packed.features
+        self.dtype = dtype
+        for name in PARTS:
+            self.register_buffer(name, parts.get(name))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.packed.weight
+        a_scale = None
+        if self.packed.input is not None:
+            x, a_scale = self._quantized(x, self.packed.input)
+        return torch.ops.fp4compile.mm(
+            x,
+            self.codes,
+            self.bias,
+            b_scales=self.scales,
+            a_tensor_scale=a_scale,
+            b_tensor_scale=self.tensor_scale,
+            b_format=spec.format,
+            b_block_2d=spec.block_2d,
+            k=self.in_features,
+        )
+
+    def _quantized(self, x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
+        """The fake-quantised activation, and the tensor scale that is left for the accumulator."""
+        shape = x.shape
+        x = x.reshape(-1, self.in_features)  # the GEMM's operand: a 2-D block spans tokens of the whole batch
+        scale = None
+        if spec.scaled_per_tensor:
+            scale = torch.ops.fp4compile.tensor_scale(x, spec.format, -1, spec.hadamard)
+        x = torch.ops.fp4compile.fake_quantize(
+            x,
+            spec.format,
+            -1,
+            scale_rule=spec.scale_rule,
+            block_2d=spec.block_2d,
+            tensor_scale=scale,
+            hadamard=spec.hadamard,
+            fold=False,
+        )
+        return x.reshape(shape), scale
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the model's layout and dtype, decoded anew at every access."""
+        row, spec = self.packed, self.packed.weight
+        dtype = torch.float32 if spec.hadamard else self.dtype
+        dense: Tensor = torch.ops.fp4compile.dequantize(
+            self.codes,
+            self.scales,
+            self.tensor_scale,
+            spec.format,
+            row.axis,
+            self.in_features,
+            spec.block_2d,
+            dtype,
+        )
+        return _untransformed(dense, row.axis, spec.hadamard).to(self.dtype) if spec.hadamard else dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move or cast as `nn.Module` does, but never cast the tensor scale: its range is fp32's."""
+        scale = self.tensor_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.tensor_scale is not None and self.tensor_scale.dtype != scale.dtype:
+            self.tensor_scale = scale.to(self.tensor_scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        row = self.packed
+        given = f", input={row.input.format}" if row.input else ""
+        blocks = ", block_2d=True" if row.weight.block_2d else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={row.weight.format}{blocks}{given}"
+        )
+
+
+def _untransformed(values: Tensor, axis: int, size: int) -> Tensor:
+    """Undo `hadamard`: the matrix is its own inverse, the signs then come last instead of first."""
+    flips = signs(size, None, values.device).repeat(values.shape[axis] // size)
+    flips = flips if axis == 1 else flips[:, None]
+    transformed: Tensor = torch.ops.fp4compile.hadamard(values * flips, axis, size)
+    return transformed * flips
+
+
+def replaced(module: nn.Module, packed: PackedWeight, share: PackedLinear | None = None) -> PackedLinear:
+    """A `PackedLinear` to stand for a linear module, its tensors still on the meta device.
+
+    Args:
+        module: `nn.Linear` or GPT-2's `Conv1D`.
+        share: the layer whose packed weight it shares.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != packed.shape:
+        raise FP4TypeError(f"{type(module).__name__} has no weight of shape {packed.shape}")
+    parts = packed.parts() if share is None else {n: t for n, t in share.named_buffers() if n in PARTS}
+    bias = getattr(module, "bias", None)
+    return PackedLinear(packed, parts, bias, weight.dtype)

@@ -1,0 +1,50 @@
+"""The pass fills the context and leaves the graph; what counts as a site is tested in tests/test_graph.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import capture, randn, trace
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 64)
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.embed(tokens))
+
+
+def test_leaves_the_graph_and_finds_the_same_sites_again() -> None:
+    captured = capture(nn.Linear(64, 32), [randn(4, 64)])
+    captured.run("canonicalise")
+    before = [str(node.format_node()) for node in captured.module.graph.nodes]
+    assert captured.run("find_sites") == 0
+    assert [str(node.format_node()) for node in captured.module.graph.nodes] == before
+    found = [(site.node, site.role) for site in captured.sites]
+    captured.run("find_sites")
+    assert [(site.node, site.role) for site in captured.sites] == found
+
+
+def test_counts_flops() -> None:
+    captured = capture(nn.Linear(64, 32), [randn(2, 4, 64)]).until("find_sites")
+    assert {site.role: site.flops for site in captured.sites} == {role: 2 * 8 * 64 * 32 for role in ("forward", "wgrad")}
+
+
+def test_counts_flops_with_the_traced_values_of_symbolic_sizes() -> None:
+    captured = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32), parameters="w", mode="symbolic")
+    captured.until("find_sites")
+    assert [site.flops for site in captured.sites] == [2 * 4 * 64 * 32]
+
+
+def test_names_embeddings() -> None:
+    captured = capture(Tied(), [torch.zeros(2, 3, dtype=torch.int64)]).until("find_sites")
+    assert captured.context.embeddings == {"embed.weight"}
+
+
+def test_products_of_activations_are_no_sites() -> None:
+    captured = trace(lambda q, k, v: torch.bmm(torch.bmm(q, k.mT), v), *[randn(2, 8, 64)] * 3).until("find_sites")
+    assert captured.sites == []

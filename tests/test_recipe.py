@@ -1,0 +1,345 @@
+"""Recipes as data: presets, TOML, errors that say what is allowed, and which rule decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fp4compile
+from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning
+from fp4compile.formats import FORMATS
+from fp4compile.recipe import RECIPES, ROLES, Operand, Recipe, Rule, load, loads, resolve
+
+PRESETS = [f"{name}{kind}" for name in ("hif4", "mxfp4", "nvfp4") for kind in ("", "-plain", "-w4a16", "-w4a4")]
+HIF4 = Operand("hif4")
+BIASED = Operand("nvfp4", rounding="stochastic")
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(RECIPES.registered)
+    yield
+    RECIPES.registered.clear()
+    RECIPES.registered.update(before)
+
+
+# --- presets
+
+
+def test_every_preset_exists() -> None:
+    assert set(PRESETS) <= set(RECIPES.presets)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_where_they_come_from_and_warn_of_nothing(name: str) -> None:
+    recipe = resolve(name)
+    assert recipe.name == name
+    assert recipe.source
+    assert recipe.keep_heads
+    assert {spec.format for spec in recipe.operands} == {name.partition("-")[0]}
+
+
+@pytest.mark.parametrize("format", ["hif4", "mxfp4", "nvfp4"])
+def test_plain_presets_have_nothing_to_derive(format: str) -> None:
+    recipe = resolve(f"{format}-plain")
+    assert recipe.operands == [Operand(format)] * 6
+    assert [rule.role for rule in recipe.rules] == list(ROLES)
+    assert recipe.keep_last == 0 and recipe.keep == ()
+
+
+@pytest.mark.parametrize("format", ["hif4", "mxfp4", "nvfp4"])
+def test_inference_presets_have_no_backward(format: str) -> None:
+    weights, both = resolve(f"{format}-w4a16"), resolve(f"{format}-w4a4")
+    assert weights.rules == (Rule("forward", weight=Operand(format)),)
+    assert both.rules == (Rule("forward", input=Operand(format), weight=Operand(format)),)
+
+
+def summary(name: str) -> dict[str, tuple[str, ...]]:
+    """role.operand -> what the published recipe asks for."""
+    found = {}
+    for rule in resolve(name).rules:
+        for operand, spec in rule.operands.items():
+            assert spec is not None
+            parts = ["SR" * (spec.rounding == "stochastic"), f"RHT-{spec.hadamard}" * (spec.hadamard > 0), "2-D" * spec.block_2d]
+            found[f"{rule.role}.{operand}"] = tuple(part for part in parts if part)
+    return found
+
+
+def test_hif4_transforms_the_backward_and_rounds_to_nearest() -> None:
+    rht = ("RHT-64",)
+    assert summary("hif4") == {
+        "forward.input": (),
+        "forward.weight": (),
+        "dgrad.grad": rht,
+        "dgrad.weight": rht,
+        "wgrad.grad": rht,
+        "wgrad.input": rht,
+    }
+
+
+def test_mxfp4_rounds_gradients_stochastically_without_truncation() -> None:
+    assert summary("mxfp4") == {
+        "forward.input": (),
+        "forward.weight": (),
+        "dgrad.grad": ("SR", "RHT-32"),
+        "dgrad.weight": ("RHT-32",),
+        "wgrad.grad": ("SR", "RHT-32"),
+        "wgrad.input": ("RHT-32",),
+    }
+    assert {FORMATS["mxfp4"].rule(spec.scale_rule) for spec in resolve("mxfp4").operands} == {"rceil"}
+
+
+def test_nvfp4_has_weight_tiles_and_transforms_wgrad_only() -> None:
+    assert summary("nvfp4") == {
+        "forward.input": (),
+        "forward.weight": ("2-D",),
+        "dgrad.grad": ("SR",),
+        "dgrad.weight": ("2-D",),
+        "wgrad.grad": ("SR", "RHT-16"),
+        "wgrad.input": ("RHT-16",),
+    }
+    assert resolve("nvfp4").keep_last == 0.15
+    assert all(spec.scaled_per_tensor for spec in resolve("nvfp4").operands)
+
+
+# --- TOML
+
+RICH = Recipe(
+    "mine",
+    (
+        Rule("forward", "layers.*.mlp.*", input=HIF4, weight=Operand("nvfp4", block_2d=True, tensor_scale=False)),
+        Rule("forward", "layers.0.*"),
+        Rule("dgrad", grad=Operand("mxfp4", "stochastic", "truncation-free", 64), weight=Operand("mxfp4", hadamard=64)),
+        Rule("wgrad", input=HIF4),
+    ),
+    keep=("*.router", 'a "quoted" [glob]'),
+    keep_heads=False,
+    keep_last=0.25,
+    source="a paper, ü\nsecond line",
+)
+
+
+@pytest.mark.parametrize("recipe", [*(RECIPES.presets[name] for name in PRESETS), RICH], ids=lambda r: r.name)
+def test_saving_and_loading_gives_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "recipe.toml"
+    recipe.save(path)
+    assert load(path) == recipe
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_a_recipe_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    RICH.save(path)
+    assert resolve(str(path)) == resolve(path) == RICH
+
+
+def test_defaults_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    Recipe("small", (Rule("forward", weight=HIF4),)).save(path)
+    assert 'weight = { format = "hif4" }' in path.read_text() or 'format = "hif4"' in path.read_text()
+    assert "hadamard" not in path.read_text()
+
+
+HEAD = 'name = "x"\n[[rule]]\nrole = "forward"\n'  # three lines
+BROKEN = {
+    "syntax": ('name = "x"\nrule = = 3', ["malformed TOML", "line 2"]),
+    "no rule": ('name = "x"', ["'rule'", "at least one [[rule]]"]),
+    "rule is a table": ('name = "x"\n[rule]\nrole = "forward"', [":2", "'rule'", "[[rule]]"]),
+    "rule is a number": ('name = "x"\nrule = [3]', [":2", "'rule'", "array of tables"]),
+    "no name": ('[[rule]]\nrole = "forward"', ["'name'", "needs a name"]),
+    "unknown top key": ('name = "x"\nkep = []\n[[rule]]\nrole = "forward"', [":2", "'kep'", "allowed", "'keep'"]),
+    "unknown rule key": (HEAD + 'glob = "*"', [":4", "'glob'", "allowed", "modules"]),
+    "unknown operand key": (HEAD + 'input = { format = "hif4", hadamar = 4 }', [":4", "'hadamar'", "'hadamard'"]),
+    "no role": ('name = "x"\n[[rule]]\nmodules = "*"', ["'rule'", "role"]),
+    "no format": (HEAD + "input = { hadamard = 16 }", [":4", "'input'", "format"]),
+    "operand is a name": (HEAD + 'weight = "hif4"', [":4", "'weight'", "expected a table", "str"]),
+    "keep is a name": ('name = "x"\nkeep = "*"\n[[rule]]\nrole = "forward"', [":2", "'keep'", "list of globs"]),
+    "keep of numbers": ('name = "x"\nkeep = [1]\n[[rule]]\nrole = "forward"', [":2", "'keep'", "list of globs"]),
+    "keep_last is a name": ('name = "x"\nkeep_last = "5"\n[[rule]]\nrole = "forward"', [":2", "'keep_last'", "float"]),
+    "keep_last is 1": ('name = "x"\nkeep_last = 1\n[[rule]]\nrole = "forward"', ["keep_last must be in [0, 1), got 1"]),
+    "hadamard is a name": (HEAD + 'input = { format = "hif4", hadamard = "64" }', [":4", "'hadamard'", "int"]),
+    "block_2d is a number": (HEAD + 'weight = { format = "nvfp4", block_2d = 1 }', [":4", "'block_2d'", "bool"]),
+    "name is a number": ('name = 3\n[[rule]]\nrole = "forward"', [":1", "'name'", "str"]),
+    "unknown format": (HEAD + 'input = { format = "mxfp44" }', [":4", "'input'", "format 'mxfp44'", "Did you mean 'mxfp4'"]),
+    "unknown role": ('name = "x"\n[[rule]]\nrole = "fprop"', ["role 'fprop'", "dgrad, forward, wgrad"]),
+    "operand of another role": (HEAD + 'grad = { format = "hif4" }', ["reads input and weight, not grad"]),
+    "an array within": (HEAD + '[[rule.input]]\nformat = "hif4"', [":4", "'input'", "expected a table"]),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), BROKEN.values(), ids=BROKEN)
+def test_errors_name_file_line_key_and_what_is_allowed(text: str, parts: list[str]) -> None:
+    with pytest.raises(FP4ValueError) as raised:
+        loads(text, "recipe.toml")
+    message = str(raised.value)
+    assert message.startswith("recipe.toml")
+    for part in parts:
+        assert part in message
+
+
+def test_a_line_is_that_of_the_offending_key_and_not_of_its_namesake() -> None:
+    text = HEAD + 'input = { format = "hif4" }\n\n[[rule]]\nrole = "wgrad"\ninput = { format = "mxfp44" }\n'
+    with pytest.raises(FP4ValueError, match=r"recipe\.toml:8"):
+        loads(text, "recipe.toml")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FP4ValueError, match=r"cannot read recipe 'nowhere\.toml': No such file"):
+        resolve("nowhere.toml")
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FP4ValueError, match=r"recipe\.toml"):
+        load(path)
+
+
+# --- what an operand and a rule may be
+
+OPERAND_ERRORS = {
+    "format": ({"format": "fp5"}, "unknown format 'fp5'; allowed: hif4, mxfp4, nvfp4"),
+    "rounding": ({"format": "hif4", "rounding": "up"}, "unknown rounding 'up'; allowed: nearest, stochastic"),
+    "scale rule": ({"format": "mxfp4", "scale_rule": "up"}, "unknown scale rule of format mxfp4: 'up'; allowed: ceil, even"),
+    "hadamard of 48": ({"format": "hif4", "hadamard": 48}, "power of two of at least 2, got 48"),
+    "hadamard of 1": ({"format": "hif4", "hadamard": 1}, "power of two of at least 2, got 1"),
+    "hadamard of -16": ({"format": "hif4", "hadamard": -16}, "power of two of at least 2, got -16"),
+    "tiles": ({"format": "hif4", "block_2d": True}, "format hif4 has no 2-D blocks"),
+    "tiles and transform": ({"format": "nvfp4", "block_2d": True, "hadamard": 16}, "2-D blocks are shared by both axes"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OPERAND_ERRORS.values(), ids=OPERAND_ERRORS)
+def test_operands_that_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(FP4ValueError, match=message):
+        Operand(**options)
+
+
+@pytest.mark.parametrize(("role", "reads", "other"), [
+    ("forward", "input and weight", "grad"),
+    ("dgrad", "grad and weight", "input"),
+    ("wgrad", "grad and input", "weight"),
+])  # fmt: skip
+def test_a_role_reads_two_operands(role: str, reads: str, other: str) -> None:
+    with pytest.raises(FP4ValueError, match=f"a {role} GEMM reads {reads}, not {other}"):
+        Rule(role, **{other: HIF4})
+
+
+@pytest.mark.parametrize("second", [None, HIF4, Operand("hif4", hadamard=32)], ids=["none", "plain", "other size"])
+def test_both_operands_need_the_same_transform(second: Operand | None) -> None:
+    with pytest.raises(FP4ValueError, match=r"operands of a wgrad GEMM need the same Hadamard size, got \[\d+, 64\]"):
+        Rule("wgrad", grad=Operand("hif4", hadamard=64), input=second)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 15])
+def test_keep_last_is_a_fraction(fraction: float) -> None:
+    with pytest.raises(FP4ValueError, match=r"keep_last must be in \[0, 1\)"):
+        Recipe("x", (), keep_last=fraction)
+
+
+# --- what decides
+
+FIRST, SECOND = Operand("hif4"), Operand("mxfp4")
+ORDERED = Recipe("x", (Rule("forward", "a.*", weight=FIRST), Rule("dgrad", grad=SECOND), Rule("forward", weight=SECOND)))
+
+
+@pytest.mark.parametrize(
+    ("path", "role", "expected"),
+    [
+        ("a.b", "forward", FIRST),
+        ("a.b.c", "forward", FIRST),
+        ("a", "forward", SECOND),
+        ("b.a.b", "forward", SECOND),
+        ("", "forward", SECOND),
+        ("A.b", "forward", SECOND),
+    ],
+)
+def test_the_first_rule_that_matches_decides(path: str, role: str, expected: Operand) -> None:
+    rule = ORDERED.rule_for(path, role)
+    assert rule is not None and rule.weight is expected
+
+
+def test_without_a_rule_nothing_decides() -> None:
+    assert ORDERED.rule_for("a.b", "wgrad") is None
+
+
+def test_keep_adds_to_the_recipe_and_leaves_the_preset() -> None:
+    recipe = resolve(dataclasses.replace(ORDERED, keep=("a",)), keep=["b.*"])
+    assert recipe.keep == ("a", "b.*")
+    assert (recipe.kept_by("a"), recipe.kept_by("b.c"), recipe.kept_by("b")) == ("a", "b.*", None)
+    assert resolve("hif4", keep=["x"]).keep == ("x",)
+    assert resolve("hif4").keep == ()
+
+
+@pytest.mark.parametrize("keep", ["layers.*", [1], [None]])
+def test_keep_is_a_list_of_globs(keep) -> None:
+    with pytest.raises(FP4TypeError, match="keep must be a list of globs"):
+        resolve("hif4", keep=keep)
+
+
+# --- names
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(FP4ValueError, match=r"unknown recipe 'hif'; allowed: .*nvfp4-w4a4.*Did you mean 'hif4'\?"):
+        resolve("hif")
+
+
+@pytest.mark.parametrize("recipe", [3, None, {"name": "hif4"}, ["hif4"]])
+def test_a_recipe_is_a_name_a_path_or_a_recipe(recipe) -> None:
+    with pytest.raises(FP4TypeError, match="recipe must be a name"):
+        resolve(recipe)
+
+
+def test_registering(registry: None) -> None:
+    mine = Recipe("mine", (Rule("forward", weight=HIF4),))
+    assert fp4compile.register_recipe(mine) is mine
+    assert resolve("mine") is mine
+    assert "mine" in RECIPES.names()
+    newer = dataclasses.replace(mine, keep=("a",))
+    fp4compile.register_recipe(newer)
+    assert resolve("mine") is newer
+
+
+def test_a_fixture_forgets_what_was_registered() -> None:
+    assert "mine" not in RECIPES.names()
+
+
+def test_what_cannot_be_registered(registry: None) -> None:
+    with pytest.raises(FP4ValueError, match="'hif4' is a preset"):
+        fp4compile.register_recipe(Recipe("hif4", ()))
+    with pytest.raises(FP4TypeError, match="needs a Recipe, got str"):
+        fp4compile.register_recipe("hif4")
+
+
+# --- warnings
+
+
+@pytest.mark.parametrize("format", ["hif4", "mxfp4", "nvfp4"])
+def test_biased_stochastic_rounding_of_a_users_recipe_warns(format: str) -> None:
+    spec = Operand(format, rounding="stochastic")
+    recipe = Recipe("mine", (Rule("dgrad", grad=spec), Rule("wgrad", grad=spec)))
+    with pytest.warns(FP4Warning, match=rf"'mine': stochastic rounding of {format}.*'truncation-free'") as caught:
+        resolve(recipe)
+    assert len(caught) == 1
+
+
+def test_unbiased_stochastic_rounding_does_not_warn() -> None:
+    rules = [("hif4", "truncation-free"), ("mxfp4", "rceil"), ("mxfp4", "truncation-free"), ("nvfp4", "truncation-free")]
+    for format, rule in rules:
+        resolve(Recipe("mine", (Rule("dgrad", grad=Operand(format, "stochastic", rule)),)))
+
+
+def test_a_preset_does_not_warn_of_its_own_choices_but_its_copy_does() -> None:
+    preset = resolve("nvfp4")
+    assert BIASED in preset.operands
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(preset)
+        resolve("nvfp4", keep=["a"])
+    with pytest.warns(FP4Warning, match="biased"):
+        resolve(dataclasses.replace(preset, name="my-nvfp4"))
