@@ -8,8 +8,8 @@ The same from Python, for any transformers folder:
     fp4compile.convert("smollm2/", recipe="hif4-w4a16", out="smollm2-hif4/")
     model = fp4compile.load("smollm2-hif4/")
 
-The weights come from a GGUF file whose values were rounded to 4 bits once already, so read every figure relative to
-the original of this run. The text is the documentation that comes with Python.
+The weights come from a GGUF file whose values were rounded to 4 bits once already, so read every figure relative
+to the original of this run. The text is the documentation that comes with Python.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import fp4compile
 from fp4compile.errors import FP4TypeError, FP4ValueError
@@ -69,7 +70,7 @@ def find_gguf() -> Path:
 
 
 def save_as_transformers(gguf: Path, folder: Path) -> None:
-    """Write the GGUF model as an fp32 transformers folder. A model read from GGUF refuses `save_pretrained` itself."""
+    """Write an fp32 transformers folder. A model read from GGUF refuses `save_pretrained`, its copy does not."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -90,14 +91,14 @@ class Measured:
     """What a model does.
 
     Attributes:
-        logits: fp32 [windows, tokens, vocabulary].
         perplexity: over all windows, each scored on its own.
+        cosine: similarity of its logits to the reference's, mean over tokens.
         text: a greedy continuation of the prompt.
         tokens_per_second: of the generation.
     """
 
-    logits: Tensor
     perplexity: float
+    cosine: float
     text: str
     tokens_per_second: float
 
@@ -112,29 +113,43 @@ def windows(tokenizer: Any, count: int, length: int) -> Tensor:
     return torch.stack([ids[i * step : i * step + length] for i in range(count)])
 
 
-@torch.no_grad()
-def measure(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int, tick: Callable[[], None]) -> Measured:
-    """Run a model over the windows and let it continue the prompt; calls `tick` once per window and generation."""
-    logits, loss = [], 0.0
-    for window in ids:
-        out = model(window[None], use_cache=False).logits[0].float()
-        loss += float(F.cross_entropy(out[:-1], window[1:]))
-        logits.append(out)
-        tick()
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    start = time.perf_counter()
-    made = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)[
-        0, prompt.input_ids.shape[1] :
-    ]
-    seconds = time.perf_counter() - start
-    tick()
-    perplexity = float(torch.tensor(loss / len(ids)).exp())
-    return Measured(torch.stack(logits), perplexity, tokenizer.decode(made), len(made) / seconds)
+@dataclass
+class Bench:
+    """The same windows and the same prompt for every model.
 
+    Attributes:
+        ids: windows of tokens.
+        new_tokens: length of the continuation.
+        tick: called after each window and after the continuation.
+        reference: logits of the first model measured.
+    """
 
-def similarity(a: Tensor, b: Tensor) -> float:
-    """Mean cosine similarity of two models' logits per token."""
-    return float(F.cosine_similarity(a, b, dim=-1).mean())
+    tokenizer: Any
+    ids: Tensor
+    new_tokens: int
+    tick: Callable[[], None]
+    reference: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> Measured:
+        """Perplexity, similarity to the first model measured, and a continuation."""
+        first = not self.reference
+        losses, similarities = [], []
+        for i, window in enumerate(self.ids):
+            logits = model(window[None], use_cache=False).logits[0].float()
+            if first:
+                self.reference.append(logits)
+            losses.append(F.cross_entropy(logits[:-1], window[1:]))
+            similarities.append(F.cosine_similarity(logits, self.reference[i], dim=-1).mean())
+            self.tick()
+        prompt = self.tokenizer(PROMPT, return_tensors="pt")
+        start = time.perf_counter()
+        made = model.generate(**prompt, max_new_tokens=self.new_tokens, do_sample=False)[0]
+        seconds = time.perf_counter() - start
+        self.tick()
+        new = made[prompt.input_ids.shape[1] :]
+        perplexity, cosine = torch.stack(losses).mean().exp(), torch.stack(similarities).mean()
+        return Measured(float(perplexity), float(cosine), self.tokenizer.decode(new), len(new) / seconds)
 
 
 # --- showing ---------------------------------------------------------------------------------------------------
@@ -152,43 +167,47 @@ class Row:
 
 def megabytes(count: int) -> str:
     """Bytes in MB."""
-    return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e6:.1f}"
+
+
+def ratio(before: int, after: int) -> str:
+    """How many times smaller."""
+    return f"{before / after:.2f}x" if after else ""
 
 
 def results(original: Measured, rows: Sequence[Row]) -> Table:
     """Sizes and quality, a line per recipe."""
-    table = Table(title="SmolLM2-135M", title_justify="left")
-    for column in (
-        "recipe",
-        "file",
-        "quantised weights",
-        "converted in",
-        "perplexity",
-        "relative",
-        "cosine",
-        "tokens/s",
-    ):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
-    before = rows[0].artifact.bytes_before
-    speed = f"{original.tokens_per_second:.1f}"
-    table.add_row("original (fp32)", megabytes(before), "", "", f"{original.perplexity:.2f}", "1", "1", speed)
+    table = Table(title="SmolLM2-135M", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("recipe")
+    for column in ("file\nMB", "smaller", "weights\nMB", "smaller", "perplexity", "relative", "logits\ncosine"):
+        table.add_column(column, justify="right")
+    file, dense = rows[0].artifact.bytes_before, rows[0].artifact.report.weight_bytes[0]
+    table.add_row(
+        "original (fp32)", megabytes(file), "", megabytes(dense), "", f"{original.perplexity:.2f}", "1.000", "1.0000"
+    )
     for row in rows:
         a, m = row.artifact, row.measured
-        dense, packed = a.report.weight_bytes
+        before, after = a.report.weight_bytes
         table.add_row(
             row.recipe,
-            f"{megabytes(a.bytes_after)} ({before / a.bytes_after:.2f}x smaller)",
-            f"{megabytes(dense)} to {megabytes(packed)} ({dense / packed:.2f}x)" if packed else "none",
-            f"{row.seconds:.1f} s",
+            megabytes(a.bytes_after),
+            ratio(a.bytes_before, a.bytes_after),
+            megabytes(after),
+            ratio(before, after),
             f"{m.perplexity:.2f}",
             f"{m.perplexity / original.perplexity:.3f}",
-            f"{similarity(original.logits, m.logits):.4f}",
-            f"{m.tokens_per_second:.1f}",
+            f"{m.cosine:.4f}",
         )
     return table
 
 
-def texts(original: Measured, rows: Sequence[Row], width: int) -> Table:
+def speeds(original: Measured, rows: Sequence[Row]) -> str:
+    """Seconds of conversion and tokens per second, in words."""
+    parts = [f"{row.recipe} {row.seconds:.1f} s, {row.measured.tokens_per_second:.1f} tokens/s" for row in rows]
+    return f"Conversion and generation: {'; '.join(parts)}; original {original.tokens_per_second:.1f} tokens/s."
+
+
+def texts(original: Measured, rows: Sequence[Row]) -> Table:
     """The continuations side by side."""
     table = Table(title=f"Greedy continuations of {PROMPT!r}", title_justify="left", show_lines=True)
     columns = {"original": original.text, **{row.recipe: row.measured.text for row in rows}}
@@ -221,26 +240,24 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> None:
     rows = []
     with bar(console) as progress:
         task = progress.add_task("original", total=(options.windows + 1) * (len(options.recipe) + 1))
-
-        def measured(model: nn.Module) -> Measured:
-            return measure(model, tokenizer, ids, options.new_tokens, lambda: progress.advance(task))
-
-        original = measured(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
+        bench = Bench(tokenizer, ids, options.new_tokens, lambda: progress.advance(task))
+        original = bench.measure(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
         for recipe in options.recipe:
-            progress.update(task, description=recipe)
+            name = Path(recipe).stem
+            progress.update(task, description=name)
             start = time.perf_counter()
-            artifact = fp4compile.convert(
-                source, recipe=recipe, out=folder / Path(recipe).stem, overwrite=True
-            )
+            artifact = fp4compile.convert(source, recipe=recipe, out=folder / name, overwrite=True)
             seconds = time.perf_counter() - start
-            rows.append(Row(Path(recipe).stem, artifact, seconds, measured(fp4compile.load(artifact.path))))
+            rows.append(Row(name, artifact, seconds, bench.measure(fp4compile.load(artifact.path))))
     console.print(results(original, rows))
-    console.print(texts(original, rows, console.width))
+    console.print(texts(original, rows))
+    console.print(speeds(original, rows), highlight=False)
     for note in dict.fromkeys(note for row in rows for note in row.artifact.report.notes):
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {escape(note)}", highlight=False)
     console.print(
-        f"Perplexity: {options.windows} windows of {options.length} tokens of the documentation of Python; embedding "
-        "and head stay fp32, which is most of what is left of the file."
+        f"Perplexity: {options.windows} windows of {options.length} tokens of Python's documentation. Embedding and "
+        "head, one matrix, stay fp32: most of what is left of the file.",
+        highlight=False,
     )
 
 
@@ -258,14 +275,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="keep what is written here (default: a temporary folder)"
     )
+    parser.add_argument("--windows", type=int, default=4, metavar="N", help="windows of text (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=384, metavar="N", help="tokens in each (default: %(default)s)")
     parser.add_argument(
-        "--windows", type=int, default=4, metavar="N", help="windows of text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
+        "--new-tokens", type=int, default=24, metavar="N", help="tokens to generate (default: %(default)s)"
     )
     options = parser.parse_args(argv)
     if options.windows < 1 or options.length < 2 or options.new_tokens < 1:
@@ -284,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     console = Console()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is on this machine
+    os.environ.setdefault("TQDM_DISABLE", "1")  # there is one bar already
     from transformers.utils import logging
 
     logging.set_verbosity_error()

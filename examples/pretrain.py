@@ -73,8 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -212,9 +211,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
-        )
+        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use")
     return device
 
 
@@ -243,9 +240,7 @@ def check_shapes(options: argparse.Namespace, recipes: Sequence[Recipe]) -> None
     if options.dim % options.heads:
         raise BadInput(f"--heads {options.heads} does not divide --dim {options.dim}")
     if options.dim // options.heads % 2:
-        raise BadInput(
-            f"rotary positions need an even head size; --dim / --heads is {options.dim // options.heads}"
-        )
+        raise BadInput(f"rotary positions need an even head size; --dim / --heads is {options.dim // options.heads}")
     for recipe in recipes:
         size = max((operand.hadamard for operand in recipe.operands), default=0)
         for name in ("dim", "ff"):
@@ -485,9 +480,7 @@ class Trainer:
         batch, sequence = self.options.batch, self.options.sequence
         count = -(-HELD_OUT_WINDOWS // batch) * batch
         starts = torch.linspace(0, len(self.text.held_out) - sequence - 1, count).long()
-        losses = [
-            self.loss(windows(self.text.held_out, part, sequence)).detach() for part in starts.split(batch)
-        ]
+        losses = [self.loss(windows(self.text.held_out, part, sequence)).detach() for part in starts.split(batch)]
         return torch.stack(losses).mean().item()
 
 
@@ -500,7 +493,8 @@ def train(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console:
         TextColumn("steps  {task.fields[loss]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not shown) as progress:
         for arm in arms:
             task = progress.add_task(arm.label, total=options.steps, loss="compiling")
 
@@ -509,6 +503,8 @@ def train(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console:
 
             Trainer(arm, options, text).run(advance)
             progress.update(task, loss="diverged" if arm.diverged else f"loss {arm.final:.3f}")
+            if not shown:  # a log wants a line per arm, not a bar
+                console.print(f"{arm.label}: {len(arm.losses)} steps in {arm.seconds:.0f} s", highlight=False)
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -552,9 +548,7 @@ def result_table(arms: Sequence[Arm]) -> Table:
             f"{report.fp4_share:.1%}" if report else "–",
             f"{_size(report.weight_bytes[0])} →\n{_size(report.weight_bytes[1])}" if report else "–",
             f"{arm.seconds:.0f}",
-            f"{arm.step_seconds / reference.step_seconds:.2f}×"
-            if arm.recipe and reference.step_seconds
-            else "–",
+            f"{arm.step_seconds / reference.step_seconds:.2f}×" if arm.recipe and reference.step_seconds else "–",
         )
     return table
 
@@ -686,10 +680,7 @@ def draw(arms: Sequence[Arm], options: argparse.Namespace) -> bytes:
         for arm, colour in zip(arms, cycle(COLOURS), strict=False)
     ]
     reference = curves[0].values
-    gaps = [
-        replace(c, values=[100 * gap(*pair) for pair in zip(c.values, reference, strict=False)])
-        for c in curves
-    ]
+    gaps = [replace(c, values=[100 * gap(*pair) for pair in zip(c.values, reference, strict=False)]) for c in curves]
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)

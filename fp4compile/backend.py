@@ -90,7 +90,7 @@ class Backend(ABC):
 
     def kernel_for(self, op: str, arguments: Mapping[str, Any], device: str) -> tuple[str, list[str]]:
         """The name of the kernel that will run `op`, and why each earlier one declined."""
-        declined = []
+        declined: list[str] = []
         for kernel in self.kernels:
             if kernel.op == op and kernel.device == device:
                 answer = kernel.supports(arguments)

@@ -96,7 +96,7 @@ def from_folder(folder: Path) -> dict[str, Entry]:
         )
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FP4ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
     entries: dict[str, Entry] = {}
     for file in files:

@@ -62,7 +62,7 @@ def _readable(debug: bool) -> Iterator[None]:
     seen: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        line = " ".join(str(message).split())
+        line = " ".join(str(message).strip().partition("\n\n")[0].split())
         if line not in seen:
             seen.add(line)
             _stderr().print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True, highlight=False)
@@ -77,9 +77,19 @@ def _readable(debug: bool) -> Iterator[None]:
         except (FP4ValueError, FP4TypeError) as error:
             if debug:
                 _stderr().print_exception()
-            first = str(error).strip().partition("\n\n")[0]  # Dynamo adds paragraphs of advice about itself
-            _stderr().print(f"[red]error: {escape(first)}[/]", soft_wrap=True, highlight=False)
+            _stderr().print(f"[red]error: {escape(_message(error))}[/]", soft_wrap=True, highlight=False)
             raise typer.Exit(2) from error
+
+
+# What messages call an option in Python, and its flag here.
+_FLAGS = {"overwrite=True": "--overwrite", "strict=False": "--allow-fallback"}
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip().partition("\n\n")[0]  # Dynamo adds paragraphs of advice about itself
+    for option, flag in _FLAGS.items():
+        text = text.replace(option, flag)
+    return text
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -139,9 +149,7 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A preset (see `fp4compile recipes`) or a .toml file.")
-]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset (see `fp4compile recipes`) or a .toml file.")]
 Train = Annotated[bool, typer.Option("--train", help="Capture forward and backward; inference otherwise.")]
 Keep = Annotated[
     list[str] | None,
@@ -244,14 +252,14 @@ def convert(
     if to not in TARGETS:
         raise unknown("target", to, TARGETS)
     _check_names(recipe, "auto")
-    source = _load(model)
+    subject, inputs = _to_convert(model)
     artifact = convert_model(
-        model if Path(model).is_dir() else source.module,
+        subject,
         recipe,
         to,
         output,
         keep=keep or (),
-        example_inputs=source.example_inputs,
+        example_inputs=inputs,
         strict=not fallback,
         overwrite=overwrite,
     )
@@ -259,19 +267,27 @@ def convert(
     print(f"{artifact.path}: {artifact.bytes_after:,} bytes, of {artifact.bytes_before:,} before")
 
 
+def _to_convert(model: str) -> tuple[Any, Any]:
+    """The folder or the model in memory, with the inputs to capture it; `convert` judges anything else."""
+    from fp4compile.source import FUNCTION
+
+    if Path(model).is_dir():
+        return model, _load(model).example_inputs
+    if FUNCTION.fullmatch(model):
+        source = _load(model)
+        return source.module, source.example_inputs
+    return model, None
+
+
 # --- opt ----------------------------------------------------------------------------------------------------
 
 
 @command("fp4compile opt models.py:build --passes canonicalise,find_sites,annotate,insert_qdq --recipe mxfp4")
 def opt(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)] = None,
     passes: Annotated[
         str | None,
-        typer.Option(
-            "--passes", "-p", metavar="A,B,C", help="Passes in order. [default: the whole pipeline]"
-        ),
+        typer.Option("--passes", "-p", metavar="A,B,C", help="Passes in order.", show_default="the whole pipeline"),
     ] = None,
     recipe: RecipeName = "hif4",
     train: Train = False,
@@ -279,9 +295,7 @@ def opt(
         bool,
         typer.Option("--print-between", help="Print the graph after every pass, not only after the last."),
     ] = False,
-    time_passes: Annotated[
-        bool, typer.Option("--time-passes", help="Print seconds per pass to stderr.")
-    ] = False,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Print seconds per pass to stderr.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the graphs to a file.", show_default=False)
     ] = None,
@@ -363,9 +377,7 @@ def _list_passes() -> None:
         (p.name, (inspect.getdoc(p) or "").partition("\n")[0], ", ".join(p.needs), ", ".join(p.gives))
         for p in default_pipeline().passes
     ]
-    _stdout().print(
-        _table("passes, in the order of the default pipeline", ("pass", "does", "needs", "gives"), rows)
-    )
+    _stdout().print(_table("passes, in the order of the default pipeline", ("pass", "does", "needs", "gives"), rows))
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,8 +105,8 @@ def _encode_e4m3(
         scale = scale / tensor_scale
     scale = scale.clamp(_E4M3_MIN_NORMAL, E4M3_MAX)  # always a normal E4M3 number: only the mantissa is rounded
     bits = _bits(scale)
-    dropped = {"nearest": 0x7FFFF + ((bits >> 20) & 1), "truncation-free": 0xFFFFF}[rule]
-    rounded = (bits + dropped) >> 20
+    up = 0x7FFFF + ((bits >> 20) & 1) if rule == "nearest" else 0xFFFFF
+    rounded = (bits + up) >> 20
     stored = rounded - ((127 - 7) << 3)
     one = torch.ones((), device=mag.device) if tensor_scale is None else 1.0 / tensor_scale
     return mag * (one / _f32_from_bits(rounded << 20)), stored.squeeze(-1)
@@ -130,7 +131,7 @@ def _encode_e6m2(
     mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
 ) -> tuple[Tensor, Tensor]:
     n = mag.shape[-1]
-    v3, v2 = (mag.unflatten(-1, (n // b, b)).amax(-1) for b in (fmt.levels[2].block, fmt.levels[1].block))
+    v3, v2 = (mag.unflatten(-1, (n // level.size, level.size)).amax(-1) for level in (fmt.levels[2], fmt.levels[1]))
     v, s_max = mag.amax(-1, keepdim=True), _e6m2_max(largest)
     if rule == "authors":
         # The authors' kernel works on bf16 scales: 1/7, the scale and its reciprocal are bf16, the products fp32.
@@ -166,8 +167,7 @@ def _decode_e6m2(stored: Tensor, fmt: Format) -> Tensor:
     scale = torch.where(byte == _E6M2_NAN, math.nan, scale)
     exponent, at, n = torch.zeros_like(word), 8, fmt.block
     for level in fmt.levels[1:]:
-        assert level.block is not None
-        groups = n // level.block
+        groups = n // level.size
         bits = (word >> torch.arange(at, at + groups, device=word.device)) & 1
         exponent = exponent + _per_element(bits, n)
         at += groups
@@ -196,7 +196,7 @@ def round_nearest(t: Tensor, element: Element) -> Tensor:
         # The published arithmetic on an evenly spaced grid; fp32 rounds the sum, so midpoints are not compared.
         return (t * (1.0 / grid[1]) + 0.5).floor().clamp(max=7.0).to(torch.int64)
     code = torch.zeros_like(t, dtype=torch.int64)
-    for low, (a, b) in enumerate(zip(grid, grid[1:], strict=False)):
+    for low, (a, b) in enumerate(pairwise(grid)):
         middle = (a + b) / 2
         code += t >= middle if low % 2 else t > middle  # at a midpoint the even code wins
     return code

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
 
@@ -34,7 +35,7 @@ class Element:
 
     def __post_init__(self) -> None:
         m = self.magnitudes
-        if len(m) != 8 or m[0] != 0.0 or any(a >= b for a, b in zip(m, m[1:], strict=False)):
+        if len(m) != 8 or m[0] != 0.0 or any(a >= b for a, b in pairwise(m)):
             raise FP4ValueError(f"element {self.name!r} needs eight magnitudes rising from 0, got {m}")
         if self.tie not in ("even", "away"):
             raise unknown("tie rule", self.tie, ("even", "away"))
@@ -56,6 +57,12 @@ class ScaleLevel:
 
     dtype: Literal["e6m2", "e8m0", "e4m3", "u1", "fp32"]
     block: int | None
+
+    @property
+    def size(self) -> int:
+        """`block` of a level below the tensor's."""
+        assert self.block is not None
+        return self.block
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,7 @@ class Format:
     @property
     def block(self) -> int:
         """Elements that share one stored scale along the contraction axis."""
-        block = self.levels[0].block
-        assert block is not None
-        return block
+        return self.levels[0].size
 
     @property
     def has_tensor_scale(self) -> bool:

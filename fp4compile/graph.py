@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from fp4compile.errors import RewriteError
 from fp4compile.recipe import OPERANDS, Operand, Role
+from fp4compile.report import Status
 
 aten = torch.ops.aten
 
@@ -84,7 +85,7 @@ class Site:
     arguments: dict[str, int]
     axes: dict[str, int]
     specs: dict[str, Operand | None] = field(default_factory=dict)
-    status: str = "kept"
+    status: Status = "kept"
     reason: str = ""
     kernels: list[str] = field(default_factory=list)
     flops: int = 0
@@ -228,6 +229,7 @@ def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: 
 
 def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
     a, b = node.args[op.a], node.args[op.b]
+    assert isinstance(a, Node) and isinstance(b, Node)
     weight = b if b in flow.weights else a if a in flow.weights else None
     if weight is None:
         return None
@@ -261,7 +263,9 @@ def _backward_site(
         return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter)
     grad, other = (a, b) if a in flow.backward else (b, a)
     source = origin(other)
-    owners = [s for s in same_sequence if origin(s.operand("input")) is source] or by_input.get(source, [])
+    owners = [s for s in same_sequence if origin(s.operand("input")) is source]
+    if not owners and not _leads_to_gemm(node):  # the backward of a custom autograd.Function
+        owners = [s for s in by_input.get(source, []) if _has_shape(s, node)]
     if other in flow.backward or not owners:
         return None
     owner = _same_shape(owners, node) or owners[-1]
@@ -269,10 +273,28 @@ def _backward_site(
 
 
 def _same_shape(owners: list[Site], node: Node) -> Site | None:
-    """The owner of a shared input whose weight has the shape of this gradient (either way round), if only one has."""
-    shape = sorted(map(str, node.meta["val"].shape))
-    fitting = [s for s in owners if sorted(map(str, s.operand("weight").meta["val"].shape)) == shape]
+    """The owner of a shared input whose weight has the shape of this gradient, if only one has."""
+    fitting = [s for s in owners if _has_shape(s, node)]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _has_shape(owner: Site, node: Node) -> bool:
+    """Whether a gradient has the shape of the owner's weight, either way round."""
+    shapes = (n.meta["val"].shape for n in (owner.operand("weight"), node))
+    weight, gradient = (sorted(map(str, shape)) for shape in shapes)
+    return weight == gradient
+
+
+def _leads_to_gemm(node: Node) -> bool:
+    """Whether another GEMM depends on the node, as on the gradient of an activation, never on that of a weight."""
+    pending, seen = [node], {node}
+    while pending:
+        users = set(pending.pop().users) - seen
+        if any(user.target in GEMM_OPS for user in users):
+            return True
+        seen |= users
+        pending += users
+    return False
 
 
 def flops(site: Site) -> int:

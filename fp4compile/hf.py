@@ -74,7 +74,8 @@ def read_config(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise FP4ValueError(f"{path}: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FP4ValueError(f"{path}: {reason}") from error
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise FP4ValueError(f"{path}: the model is quantised already ({method}); convert the original")

@@ -423,7 +423,7 @@ def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _setup_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, bias, a_scales, b_scales, a_ts, b_ts, a_format, b_format, b_block_2d, k, dtype = inputs
+    a, b, bias, _, b_scales, a_ts, b_ts, _, b_format, b_block_2d, k, _ = inputs
     if not b_format:
         raise FP4ValueError("fp4compile.mm is differentiable only with a packed second operand (frozen weights)")
     ctx.save_for_backward(b, b_scales, a_ts, b_ts)

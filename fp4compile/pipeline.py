@@ -6,10 +6,10 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -94,7 +94,6 @@ class Context:
         )
 
 
-@runtime_checkable
 class Pass(Protocol):
     """One verb. A frozen dataclass whose fields are its options.
 
@@ -141,8 +140,8 @@ class Pipeline:
         start = time.perf_counter()
         graph = graph_module.graph
         if step.run(graph_module, context):
+            verify(graph, step.name)  # first: cleaning up a malformed graph fails without naming the pass
             graph.eliminate_dead_code()
-            verify(graph, step.name)
         context.facts.update(step.gives)
         context.seconds[step.name] = context.seconds.get(step.name, 0.0) + time.perf_counter() - start
 
@@ -164,7 +163,8 @@ def register_pass(step: Pass, after: str) -> Pass:
     Raises:
         FP4TypeError: not a pass. FP4ValueError: no pass of that name, or facts that do not hold there.
     """
-    if not isinstance(step, Pass) or not is_dataclass(step):
+    parts = ("name", "needs", "gives", "run", "__dataclass_fields__")
+    if isinstance(step, type) or not all(hasattr(step, part) for part in parts):
         raise FP4TypeError(f"register_pass needs a frozen dataclass with name, needs, gives and run, got {step!r}")
     _EXTRA.append((step, after))
     try:

@@ -54,7 +54,8 @@ def _check_tensor(x: Tensor, axis: int) -> int:
     if x.dim() == 0:
         raise FP4ValueError("cannot quantise a 0-d tensor: there is no axis to block")
     if not isinstance(axis, int) or not -x.dim() <= axis < x.dim():
-        raise FP4ValueError(f"axis {axis!r} is out of range for shape {tuple(x.shape)}: allowed {-x.dim()}..{x.dim() - 1}")
+        allowed = f"{-x.dim()}..{x.dim() - 1}"
+        raise FP4ValueError(f"axis {axis!r} is out of range for shape {tuple(x.shape)}: allowed {allowed}")
     return axis % x.dim()
 
 
@@ -89,7 +90,8 @@ def _tensor_scale(x: Tensor, fmt: Format, given: Tensor | float | bool | None) -
         return torch.ops.fp4compile.tensor_scale(x.detach(), fmt.name)
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.is_floating_point():
-            raise FP4TypeError(f"tensor_scale must hold one floating-point number, got {given.dtype} {tuple(given.shape)}")
+            found = f"{given.dtype} of shape {tuple(given.shape)}"
+            raise FP4TypeError(f"tensor_scale must hold one floating-point number, got {found}")
         return given.detach().to(device=x.device, dtype=torch.float32).reshape(())
     limits = torch.finfo(torch.float32)
     if not (isinstance(given, int | float) and limits.tiny <= given <= limits.max):

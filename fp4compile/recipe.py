@@ -1,7 +1,7 @@
-"""Recipes: which operand of which GEMM becomes what. A recipe is data: it can be saved, loaded, compared and overridden.
+"""Recipes: which operand of which GEMM becomes what. A recipe is data: saved, loaded, compared, overridden.
 
-fprop Y = X W^T reads `input` and `weight`, dgrad dX = dY W reads `grad` and `weight`, wgrad dW = dY^T X reads `grad` and
-`input`. The first rule whose glob and role match a GEMM decides; no rule, or a rule without operands, keeps it.
+fprop Y = X W^T reads `input` and `weight`, dgrad dX = dY W reads `grad` and `weight`, wgrad dW = dY^T X reads `grad`
+and `input`. The first rule whose glob and role match a GEMM decides; no rule, or a rule without operands, keeps it.
 """
 
 from __future__ import annotations
@@ -279,7 +279,9 @@ def load(path: str | Path) -> Recipe:
 # --- presets ---------------------------------------------------------------------------------------------------------
 
 
-def _training(input: Operand, weight: Operand, dgrad: tuple[Operand, Operand], wgrad: tuple[Operand, Operand]) -> tuple[Rule, ...]:
+def _training(
+    input: Operand, weight: Operand, dgrad: tuple[Operand, Operand], wgrad: tuple[Operand, Operand]
+) -> tuple[Rule, ...]:
     """Rules for all three roles; pairs are (grad, weight) and (grad, input)."""
     return (
         Rule("forward", input=input, weight=weight),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
+from rich.markup import escape
 from rich.table import Table
 
 Status = Literal["fp4", "kept", "refused"]
@@ -93,7 +96,7 @@ class Report:
 
     def to_text(self, width: int = 140) -> str:
         """A table of the GEMMs, the notes and a summary line."""
-        console = Console(width=width, record=True, file=_Discard())
+        console = Console(width=width, record=True, file=io.StringIO())
         console.print(self.table())
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
@@ -120,18 +123,9 @@ class Report:
             operands = " ".join(f"{name}:{fmt or '-'}" for name, fmt in s.formats.items())
             colour = colours[s.status]
             status = f"[{colour}]{s.status}[/]" if colour else s.status
-            table.add_row(s.path or s.parameter or "(root)", s.role, s.kind, status, operands, s.kernel, s.reason)
+            path, kernel, reason = map(escape, (s.path or s.parameter or "(root)", s.kernel, s.reason))
+            table.add_row(path, s.role, s.kind, status, operands, kernel, reason)
         return table
-
-
-class _Discard:
-    """A file that forgets: rich records what it prints."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing to do."""
 
 
 def _bytes(count: int) -> str:

@@ -47,7 +47,7 @@ def call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs:
 def refresh(node: Node) -> None:
     """Compute the example value of a node anew from those of its arguments."""
     args, kwargs = value(node.args), value(node.kwargs)
-    rule = _FAKES.get(node.target, node.target)
+    rule: Any = _FAKES.get(node.target, node.target)
     modes = (getattr(v, "fake_mode", None) for v in tree_leaves((args, kwargs, node.meta.get("val"))))
     fake_mode = next((mode for mode in modes if mode is not None), nullcontext())
     with fake_mode:

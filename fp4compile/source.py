@@ -38,6 +38,9 @@ _NOT_READ: Mapping[str, str] = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "it is a pickle: reading it runs code from the file"),
 }
 
+# file.py:function, the function perhaps forgotten.
+FUNCTION = re.compile(r"(.+\.py)(?::(.*))?")
+
 SEQUENCE = 128  # tokens of an example, where the model takes as many
 
 
@@ -78,7 +81,7 @@ def load(model: str, request: Request | None = None) -> Source:
         FP4TypeError: a function that returns something else than (module, example_inputs).
     """
     request = request or Request()
-    python = re.fullmatch(r"(.+\.py)(?::(.*))?", model)
+    python = FUNCTION.fullmatch(model)
     if python:
         _refuse_sizes(request, "file.py:function returns its own inputs")
         return _from_function(Path(python[1]), python[2] or "")
@@ -122,8 +125,7 @@ def _from_function(path: Path, name: str) -> Source:
         raise FP4TypeError(f"{path}:{name} must return (module, example_inputs), it returned {found}")
     if not isinstance(made[1], torch.Tensor | tuple | list | Mapping):
         raise FP4TypeError(
-            f"the example inputs of {path}:{name} must be a tuple, a mapping or a tensor, "
-            f"not {type(made[1]).__name__}"
+            f"the example inputs of {path}:{name} must be a tuple, a mapping or a tensor, not {type(made[1]).__name__}"
         )
     return Source(*made)
 
@@ -221,6 +223,7 @@ def _from_config(path: Path, request: Request) -> Source:
         if hasattr(part, "use_cache"):
             part.use_cache = False  # Dynamo cannot trace a cache on the meta device
     model: Any = hf.meta_model(_class_of(config, str(path)), config, config.dtype or torch.float32)
+    model.to("meta")  # a legacy constructor, torch.Tensor(n), ignores the default device
     return Source(model.train(request.train), example_inputs(model, request))
 
 

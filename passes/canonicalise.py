@@ -14,7 +14,7 @@ that W and its transpose are one tensor with two axes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -41,7 +41,7 @@ def _has_factors(node: Node) -> Answer:
 
 
 def _split_bias(target: Any, graph: Graph, node: Node) -> Node:
-    bias, a, b = node.args
+    bias, a, b = cast(tuple[Node, Node, Node], node.args)
     product = call(graph, target, (a, b), node)
     product = _scaled(graph, product, node.kwargs.get("alpha", 1), node)
     beta = node.kwargs.get("beta", 1)
@@ -79,9 +79,8 @@ def _of_permute(node: Node) -> Answer:
 def _permute(graph: Graph, node: Node) -> Node:
     inner, outer_dims = node.args
     assert isinstance(inner, Node)
-    base, inner_dims = inner.args
-    assert isinstance(base, Node)
-    dims = [inner_dims[d] for d in outer_dims]  # type: ignore[index, union-attr]
+    base, inner_dims = cast(tuple[Node, list[int]], inner.args)
+    dims = [inner_dims[d] for d in cast(list[int], outer_dims)]
     if [d % len(dims) for d in dims] == list(range(len(dims))):
         return base
     return call(graph, aten.permute.default, (base, dims), node)

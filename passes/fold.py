@@ -5,6 +5,8 @@
     ->
     %codes = attribute q_proj_weight_codes
     %scales = attribute q_proj_weight_scales
+
+Hadamard transforms and tensor scales of constants are evaluated as well; what is drawn at run time is left.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ class Fold:
             if isinstance(result, torch.Tensor):
                 _constants(graph_module, stem, {"tensor_scale": (node, result)})
             else:
-                items = {("codes", "scales")[item.args[1]]: item for item in node.users}  # type: ignore[index, misc]
-                _constants(graph_module, stem, {k: (item, result[item.args[1]]) for k, item in items.items()})  # type: ignore[index]
+                items = {("codes", "scales")[item.args[1]]: item for item in node.users}
+                _constants(graph_module, stem, {k: (item, result[item.args[1]]) for k, item in items.items()})
                 graph_module.graph.erase_node(node)
             done += 1
         return done

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -35,9 +35,8 @@ def _through_permute(operand: Node, axis: int) -> tuple[Node, int, list[int] | N
     axis %= ndim
     if operand.target is not aten.permute.default:
         return operand, axis, None
-    base, dims = operand.args
-    order = [d % ndim for d in dims]  # type: ignore[union-attr, operator]
-    assert isinstance(base, Node)
+    base, dims = cast(tuple[Node, list[int]], operand.args)
+    order = [d % ndim for d in dims]
     return base, order[axis], order
 
 
@@ -56,9 +55,7 @@ def _qdq(graph: Graph, site: Site, name: str, spec: Operand) -> tuple[Node, Node
     quantized.meta["fp4_spec"] = spec
     codes, scales = (call(graph, operator.getitem, (quantized, i), like) for i in (0, 1))
     size, dtype = size_of(graph, base, axis), base.meta["val"].dtype
-    values = call(
-        graph, OPS["dequantize"].overload, (codes, scales, None, spec.format, axis, size, False, dtype), like
-    )
+    values = call(graph, OPS["dequantize"].overload, (codes, scales, None, spec.format, axis, size, False, dtype), like)
     if order is not None:
         values = call(graph, aten.permute.default, (values, order), like)
     return values, scale

@@ -76,9 +76,7 @@ class Legalise:
         op = _BY_OVERLOAD.get(node.target)
         if op is None:
             return f"{context.backend.name}/{_short(node)}"
-        name, declined = context.backend.kernel_for(
-            op.name, _arguments(op, node, context.device), context.device
-        )
+        name, declined = context.backend.kernel_for(op.name, _arguments(op, node, context.device), context.device)
         context.notes += [note for note in declined if note not in context.notes]
         return name
 

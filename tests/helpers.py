@@ -41,9 +41,9 @@ class Captured:
         for named in passes:
             step = PASSES[named] if isinstance(named, str) else named
             rewrites = step.run(self.module, self.context)
+            verify(self.module.graph, step.name)
             if rewrites:
                 self.module.graph.eliminate_dead_code()
-            verify(self.module.graph, step.name)
             self.context.facts.update(step.gives)
             done += rewrites
         return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,7 @@ CHAINS: dict[str, Callable[[Model, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("run", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("needs_grad", [True, False], ids=["dX", "no dX"])
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")  # Dynamo does, while it traces one
 def test_two_layers(run: Callable[[Model, Tensor], Tensor], needs_grad: bool) -> None:
     first = "forward dgrad wgrad" if needs_grad else "forward wgrad"
     assert sites(Model(run), randn(4, 64).requires_grad_(needs_grad)) == expect(a=first, b="forward dgrad wgrad")
@@ -256,20 +258,18 @@ def test_a_head_tied_to_the_embedding_is_kept() -> None:
 # --- matmuls that are no sites
 
 ACTIVATIONS: dict[str, Callable[[Model, Tensor], Tensor]] = {
-    "attention": lambda m, x: m.b(torch.softmax(m.a(x) @ m.a(x).T, -1) @ x),
+    "attention": lambda m, x: m.b(torch.softmax((y := m.a(x)) @ y.T, -1) @ x),
     "Gram matrix of the layer's input": lambda m, x: m.b(m.a(x)) + (x @ x.T).sum(),
     "Gram matrix within": lambda m, x: m.b((y := m.a(x)) + (y @ y.T).sum()),
     "values that are the layer's input": lambda m, x: m.b(m.a(x) @ x.T @ x),
-    "outer product": lambda m, x: m.b(m.a(x)) + torch.outer(x[0], x[1])[:4],
+    "outer product": lambda m, x: m.b(m.a(x)) + torch.outer(x[0], x[1])[:8],
 }
 
 
 @pytest.mark.parametrize("run", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_products_of_activations_are_no_sites(run: Callable[[Model, Tensor], Tensor]) -> None:
-    found = sites(Model(run), randn(8, 64).requires_grad_())
     expected = expect(a="forward dgrad wgrad", b="forward dgrad wgrad")
-    assert sorted(set(found)) == sorted(expected)
-    assert all(parameter in ("a.weight", "b.weight") for _, _, parameter in found)
+    assert sites(Model(run), randn(8, 64).requires_grad_()) == expected
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -281,10 +281,7 @@ def test_attention(fused: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-            if fused:
-                out = F.scaled_dot_product_attention(q, k, v)
-            else:
-                out = torch.softmax(q @ k.mT, -1) @ v
+            out = F.scaled_dot_product_attention(q, k, v) if fused else torch.softmax(q @ k.mT, -1) @ v
             return self.o(out.transpose(1, 2).flatten(-2))
 
     own = dict.fromkeys("kqv", "forward wgrad")
@@ -304,23 +301,19 @@ def notes(model: nn.Module, *inputs: Tensor) -> Report:
     return fp4compile.explain(model, inputs, "hif4-plain", train=True, backend="reference")
 
 
-def test_a_graph_break_gives_two_graphs_and_a_note() -> None:
-    def run(m: Model, x: Tensor) -> Tensor:
-        y = m.a(x)
+class Broken(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
         torch._dynamo.graph_break()
-        return m.b(y)
+        return self.b(y)
 
-    report = notes(Model(run), X)
+
+def test_a_graph_break_gives_two_graphs_and_a_note() -> None:
+    report = notes(Broken(CHAINS["plain"]), X)
     found = [(s.role, s.path, s.parameter) for s in report.sites]
     assert sorted(found) == sorted(expect(a="forward wgrad", b="forward dgrad wgrad"))
     assert report.graphs == 2
     assert len(report.notes) == 1 and "graph break (1x)" in report.notes[0]
-
-
-class Eager(nn.Linear):
-    @torch._dynamo.disable
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
 
 
 def test_a_layer_that_dynamo_cannot_see_is_reported() -> None:
@@ -363,10 +356,8 @@ def test_text() -> None:
 
 
 def test_sites_say_where_they_are() -> None:
-    captured = capture(nn.Sequential(nn.Linear(64, 32)), [X]).until("find_sites")
-    where = captured.sites[0].where
-    assert where.startswith("forward GEMM of '0' (addmm, ")
-    assert ".py:" in where
+    captured = capture(Weight(lambda x, w: x @ w, 64, 32), [X]).until("find_sites")
+    assert re.fullmatch(r"forward GEMM of '\(root module\)' \(mm, .*test_graph\.py:\d+\)", captured.sites[0].where)
 
 
 @pytest.mark.parametrize(
@@ -442,15 +433,13 @@ def test_a_report_survives_json() -> None:
 
 
 def test_merging_adds_graphs_and_replaces_records_of_the_same_gemm() -> None:
-    first = report(
-        record("a", flops=1), record("b", flops=2), notes=["n"], graphs=1, pass_seconds={"fuse": 1.0}, weight_bytes=(8, 2)
-    )
-    second = report(
-        record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, pass_seconds={"fuse": 2.0, "fold": 1.0},
-        weight_bytes=(16, 4),
-    )  # fmt: skip
+    first = report(record("a", flops=1), record("b", flops=2), notes=["n"], graphs=1, weight_bytes=(8, 2))
+    first.pass_seconds = {"fuse": 1.0}
+    second = report(record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, weight_bytes=(16, 4))
+    second.pass_seconds = {"fuse": 2.0, "fold": 1.0}
     first.merge(second)
-    assert [(s.path, s.role, s.flops) for s in first.sites] == [("b", "forward", 2), ("a", "forward", 3), ("a", "dgrad", 0)]
+    found = [(s.path, s.role, s.flops) for s in first.sites]
+    assert found == [("b", "forward", 2), ("a", "forward", 3), ("a", "dgrad", 0)]
     assert (first.notes, first.graphs, first.weight_bytes) == (["n", "m"], 3, (24, 6))
     assert first.pass_seconds == {"fuse": 3.0, "fold": 1.0}
 

@@ -26,16 +26,17 @@ class _JointPass(CustomGraphPass):
 
     def __init__(self, rewrite: Rewrite, key: bytes) -> None:
         self._rewrite, self._key = rewrite, key
-        self._before = torch._inductor.config.joint_custom_pre_pass
+        before: Any = torch._inductor.config.joint_custom_pre_pass
+        self._before = tuple(before) if isinstance(before, list | tuple) else (before,) if before else ()
 
     def __call__(self, graph: Graph) -> None:
-        if self._before is not None:
-            self._before(graph)
+        for step in self._before:
+            step(graph)
         self._rewrite(graph)
 
     def uuid(self) -> Any:
         """What Inductor's caches know the rewrite by: everything that decides its result."""
-        return self._key, self._before.uuid() if isinstance(self._before, CustomGraphPass) else None
+        return self._key, *(step.uuid() for step in self._before if isinstance(step, CustomGraphPass))
 
 
 class InductorBackend(Backend):
@@ -58,9 +59,10 @@ class InductorBackend(Backend):
         patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": joint_pass}
         # On a hit of AOTAutograd's cache no pass would run: no report and no strict error. Kernels are still cached.
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            return compile_fx(
+            compiled: Any = compile_fx(
                 graph_module, example_inputs, config_patches=patches, decompositions=decompositions()
             )
+        return compiled
 
 
 BACKEND = InductorBackend()

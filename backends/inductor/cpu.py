@@ -41,7 +41,7 @@ from fp4compile.ops import OPS
 SOURCE = Path(__file__).with_name("cpu_codec.c")
 # No -ffast-math, no fused multiply-add: every operation is rounded as the reference rounds it.
 FLAGS = (
-    *("-std=c11", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-strict-aliasing"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 # The first that the compiler accepts.
@@ -342,9 +342,7 @@ def fake_quantize(x: Tensor, fold: bool, **arguments: Any) -> Tensor:
     source, axis, fields = _quantizing(x, arguments, x.dtype)
     y = torch.empty(_shape(x, axis, fields["padded"]), dtype=x.dtype)
     scale_out = _pointer(arguments["tensor_scale"]) if fold else None
-    if not y.numel() or _call(
-        "fake_quantize", **fields, y=y.data_ptr(), y_dtype=_DTYPES[y.dtype], scale_out=scale_out
-    ):
+    if not y.numel() or _call("fake_quantize", **fields, y=y.data_ptr(), y_dtype=_DTYPES[y.dtype], scale_out=scale_out):
         return y
     return OPS["fake_quantize"].reference(x=source, fold=fold, **arguments)
 
@@ -436,9 +434,7 @@ def _operand(values: Tensor, scales: Tensor | None, format: str, k: int, block_2
     return dequantize(values, scales, None, format, -1, k, block_2d, torch.float32)
 
 
-def _product(
-    left: Tensor, b: Tensor, b_scales: Tensor | None, b_format: str, b_block_2d: bool, k: int
-) -> Tensor:
+def _product(left: Tensor, b: Tensor, b_scales: Tensor | None, b_format: str, b_block_2d: bool, k: int) -> Tensor:
     """left @ b in fp32; the weight of a GEMM of few rows is decoded and read in pieces that fit the cache."""
     rows = math.prod(left.shape[:-1])
     step = max(_CHUNK_ELEMENTS // max(k, 1) // 64, 1) * 64  # whole 2-D blocks

@@ -16,6 +16,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -952,6 +955,25 @@ static void merge_rows(Job *job) {
 
 #define SERIAL_ELEMENTS 32768
 
+#define HUGE_PAGE (2 << 20)
+
+/* A large result is fresh memory: without huge pages its page faults cost more than its arithmetic. */
+static void ask_for_huge_pages(void *y, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    uintptr_t first = ((uintptr_t)y + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
+    uintptr_t last = ((uintptr_t)y + (uintptr_t)bytes) & ~(uintptr_t)(HUGE_PAGE - 1);
+    if (bytes >= 2 * HUGE_PAGE && last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)y, (void)bytes;
+#endif
+}
+
+static int64_t result_bytes(const Job *job, int64_t elements) {
+    if (job->op == OP_TENSOR_SCALE) return 0;
+    if (job->op == OP_QUANTIZE) return elements / 2;
+    return elements * (job->y_dtype == F32 ? 4 : 2);
+}
+
 /* Returns 0, or 1 where the reference must be asked: no memory, or a tensor scale so extreme that zeros would
  * meet an infinite reciprocal. */
 int fp4_run(Job *job) {
@@ -962,6 +984,7 @@ int fp4_run(Job *job) {
     pool.tiles = is_flat(job) ? (job->size + AMAX_CHUNK - 1) / AMAX_CHUNK
                               : job->batch * pool.shape.lane_tiles * pool.shape.size_tiles;
     int64_t elements = job->batch * job->lanes * job->padded;
+    ask_for_huge_pages(job->y, result_bytes(job, elements));
     int serial = elements <= SERIAL_ELEMENTS || !parallel_entry;
     unsigned threads = serial ? 1 : (unsigned)min64(job->threads, pool.tiles);
     pool.chunk = max64(1, pool.tiles / (threads * 16));

@@ -11,7 +11,6 @@ from tests.compile.common import (
     Hand,
     LlamaBlock,
     Mlp,
-    Step,
     Treatment,
     build,
     by_hand,
@@ -123,7 +122,7 @@ def test_stochastic_gradients_have_the_right_mean(format: str) -> None:
     The mean is what the code by hand gives with those gradients left unrounded. Two-level NVFP4 scales let the top of a
     block saturate, a bias of 0.35% that is lost in the bound.
     """
-    model, x, fp4 = _stochastic(format)
+    model, x, fp4 = _stochastic(format, "inductor")
     wanted = step(by_hand(model, _recommended(format, False)), x)
     steps = [step(fp4, x, seed).check() for seed in range(48)]
     assert relative(steps[0].tensors["output"], wanted.tensors["output"]) < SAME
@@ -142,16 +141,9 @@ def test_the_global_seed_decides_stochastic_rounding(format: str) -> None:
     assert first.worst(again) == 0.0
     assert relative(other.tensors["output"], first.tensors["output"]) == 0.0  # the forward rounds to nearest
     assert relative(other.tensors["first.weight"], first.tensors["first.weight"]) > 0.02
-    torch.manual_seed(1)
-    assert _second_step(fp4, x).worst(first) > 0.02  # the generator moves on: no step repeats the last one's bits
-
-
-def _second_step(model: torch.nn.Module, x: torch.Tensor) -> Step:
-    model(x)
-    grads = torch.autograd.grad((model(x) * randn(13, 32, seed=7)).sum(), list(model.parameters()))
-    names = [name for name, _ in model._orig_mod.named_parameters()]
-    expected = step(model, x)
-    return Step({**expected.tensors, **dict(zip(names, grads, strict=True))})
+    weight = model.first.weight
+    one, two = (torch.autograd.grad(fp4(x).sum(), weight)[0] for _ in range(2))
+    assert relative(one, two) > 0.02  # the generator moves on: no step repeats the last one's bits
 
 
 @pytest.mark.slow

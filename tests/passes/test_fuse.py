@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4compile.ops import OPS
-from tests.helpers import Captured, capture, export, randn, same_bits, trace
+from tests.helpers import capture, export, randn, same_bits, trace
 
 ops = torch.ops.fp4compile
 X = randn(4, 64)

@@ -1,0 +1,235 @@
+"""Options of `torch.compile(backend="fp4compile")`, their errors and warnings, and `last_report()`."""
+
+import pytest
+import torch
+from torch import nn
+
+import fp4compile
+from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, RewriteError
+from fp4compile.recipe import RECIPES, Operand, Recipe, Rule
+from tests.compile.common import Mlp, Stack, build, by_hand, compiled, plain, randn, relative, statuses, step
+
+ROLES = ("forward", "dgrad", "wgrad")
+
+
+def _paths(status: str) -> set[str]:
+    return {path for (path, _), found in statuses().items() if found == status}
+
+
+# --- keep and strict -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("glob", ["second", "sec*", "s?cond", "second.weight"])
+def test_keep_leaves_modules_in_high_precision(glob: str) -> None:
+    model, x = build(Mlp), randn(13, 70)
+    got = step(compiled(model, keep=[glob]), x)
+    assert _paths("kept") == {"second"}
+    assert _paths("fp4") == {"first", "third"}
+    hand = by_hand(model, plain("hif4"))
+    hand.second.__class__ = nn.Linear
+    assert got.worst(step(hand, x)) < 2e-6
+    assert got.worst(step(compiled(model), x)) > 0.01
+
+
+def test_keeping_all_is_the_model_itself() -> None:
+    model, x = build(Mlp), randn(13, 70)
+    assert step(compiled(model, keep=["*"]), x).worst(step(model, x)) < 2e-6
+    assert set(statuses().values()) == {"kept"}
+
+
+def test_a_glob_that_matches_nothing_warns_and_names_the_nearest() -> None:
+    model = compiled(build(Mlp), keep=["secnd"])
+    with pytest.warns(FP4Warning, match=r"'secnd' .*matches no module; the nearest is 'second'"):
+        model(randn(13, 70))
+
+
+class _Odd(nn.Module):
+    """dgrad of `narrow` runs along 10 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.wide(x).relu())
+
+
+def test_strict_names_module_reason_and_remedy() -> None:
+    model = compiled(build(_Odd), "hif4")
+    with pytest.raises(RewriteError) as caught:
+        model(randn(13, 64))
+    message = str(caught.value)
+    for part in ("'hif4'", "dgrad", "'narrow'", "test_options.py:", "size 64", "10 features", "keep=['narrow']", "strict=False"):
+        assert part in message
+
+
+def test_not_strict_trains_and_reports_what_was_refused() -> None:
+    model, x = build(_Odd), randn(13, 64)
+    got = step(compiled(model, "hif4", strict=False), x).check()
+    refused = [s for s in fp4compile.last_report().sites if s.status == "refused"]
+    assert [(s.path, s.role) for s in refused] == [("narrow", "dgrad")]
+    assert "does not divide the 10 features" in refused[0].reason
+    assert refused[0].formats == {"grad": None, "weight": None}
+    # The bias gradient below a dgrad in high precision: exact but for the mask of the forward's FP4.
+    kept = step(compiled(model, "hif4", keep=["narrow"]), x)
+    assert relative(got.tensors["narrow.bias"], kept.tensors["narrow.bias"]) < 2e-6
+    assert relative(got.tensors["narrow.weight"], kept.tensors["narrow.weight"]) > 0.01  # its wgrad is FP4
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"recipe": "hif5"}, FP4ValueError, "unknown recipe 'hif5'.*Did you mean 'hif4'"),
+        ({"recipe": 4}, FP4TypeError, "recipe must be"),
+        ({"recipe": "no/such.toml"}, FP4ValueError, "cannot read recipe 'no/such.toml'"),
+        ({"recpie": "hif4"}, FP4ValueError, "unknown option 'recpie'.*Did you mean 'recipe'"),
+        ({"backend": "inducter"}, FP4ValueError, "unknown backend 'inducter'.*Did you mean 'inductor'"),
+        ({"backend": 1}, FP4TypeError, "'backend' must be a name"),
+        ({"mode": "fast"}, FP4ValueError, "unknown mode 'fast'"),
+        ({"strict": "no"}, FP4TypeError, "'strict' must be a bool"),
+        ({"keep": "lm_head"}, FP4TypeError, "keep must be a list of globs"),
+    ],
+)
+def test_wrong_options_escape_dynamo_as_they_are(options: dict, error: type, message: str) -> None:
+    model = torch.compile(build(Mlp), backend="fp4compile", options=options)
+    with pytest.raises(error, match=message) as caught:
+        model(randn(13, 70))
+    assert isinstance(caught.value, ValueError if error is FP4ValueError else TypeError)
+    assert type(caught.value) is error
+
+
+# --- what is accepted ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.slow)])
+def test_modes_of_inductor(mode: str) -> None:
+    model, x = nn.Sequential(nn.Linear(70, 16)), randn(13, 70)
+    wanted = step(by_hand(model, plain("hif4")), x)
+    assert step(compiled(model, backend="auto", mode=mode), x).worst(wanted) < 2e-3
+
+
+def test_no_options_is_hif4_on_inductor() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(64, 64)), backend="fp4compile")
+    model(randn(13, 64)).sum().backward()
+    report = fp4compile.last_report()
+    assert (report.recipe, report.backend, report.device) == ("hif4", "inductor", "cpu")
+    assert statuses() == {("0", "forward"): "fp4", ("0", "wgrad"): "fp4"}  # no input gradient, no dgrad
+
+
+def test_a_recipe_object_and_its_file_do_the_same(tmp_path) -> None:
+    spec = Operand("mxfp4", scale_rule="even")
+    recipe = Recipe("mine", (Rule("forward", modules="f*", input=spec, weight=spec),))
+    recipe.save(tmp_path / "mine.toml")
+    model, x = build(Mlp), randn(13, 70)
+    as_object = step(compiled(model, recipe), x)
+    assert fp4compile.last_report().recipe == "mine"
+    assert _paths("fp4") == {"first"}
+    torch._dynamo.reset()
+    for path in (tmp_path / "mine.toml", str(tmp_path / "mine.toml")):
+        assert step(compiled(model, path), x).worst(as_object) == 0.0
+    weight, x_q = (fp4compile.fake_quantize(t, "mxfp4", scale_rule="even") for t in (model.first.weight, x))
+    first = nn.functional.linear(x_q, weight, model.first.bias)
+    wanted = model.third(nn.functional.gelu(model.second(nn.functional.gelu(first))))
+    assert relative(as_object.tensors["output"], wanted.detach()) < 2e-6
+
+
+def test_a_registered_recipe_is_found_by_name() -> None:
+    recipe = Recipe("only-second", (Rule("forward", modules="second", weight=Operand("hif4")),))
+    fp4compile.register_recipe(recipe)
+    try:
+        compiled(build(Mlp), "only-second")(randn(13, 70))
+    finally:
+        del RECIPES.registered["only-second"]
+    assert _paths("fp4") == {"second"}
+
+
+# --- the depth rule of nvfp4 -----------------------------------------------------------------------------------------
+
+
+def test_nvfp4_keeps_the_last_blocks() -> None:
+    """15% of 4 blocks is one; the head is kept as a head."""
+    compiled(build(lambda: Stack(depth=4)), "nvfp4")(randn(13, 64)).sum().backward()
+    assert _paths("kept") == {"layers.3.up", "layers.3.down", "head"}
+    assert len(_paths("fp4")) == 6
+    assert "last 15% of 4 blocks" in next(s.reason for s in fp4compile.last_report().sites if s.path == "layers.3.up")
+
+
+def test_blocks_in_a_sequential_count_as_blocks() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Mlp(16, 16, 16, 16) for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
+    compiled(Chain(), "nvfp4")(randn(3, 16))
+    assert _paths("kept") == {f"blocks.3.{name}" for name in ("first", "second", "third")}
+
+
+def test_a_block_compiled_alone_cannot_know_its_depth() -> None:
+    model = build(lambda: Stack(depth=4))
+    model.layers[1].compile(backend="fp4compile", options={"recipe": "nvfp4", "backend": "reference"})
+    with pytest.raises(RewriteError, match=r"one block of a larger model.*depth of 'up'.*keep_last = 0"):
+        model(randn(13, 64))
+    torch._dynamo.reset()
+    model.layers[1].compile(backend="fp4compile", options={"recipe": "mxfp4", "backend": "reference"})
+    model(randn(13, 64)).sum().backward()  # a recipe without a depth rule is free to
+    assert _paths("fp4") == {"up", "down"}
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile", "function"])
+def test_a_model_without_blocks_is_quantised_whole(how: str) -> None:
+    model = build(lambda: Mlp(64, 64, 64, 64))
+    options = {"recipe": "nvfp4", "backend": "reference"}
+    if how == "module.compile":
+        model.compile(backend="fp4compile", options=options)
+        run = model
+    else:
+        subject = model if how == "torch.compile" else lambda x: model(x)
+        run = torch.compile(subject, backend="fp4compile", options=options)
+    run(randn(13, 64)).sum().backward()
+    assert _paths("fp4") == {"first", "second", "third"}
+    assert any("no list of blocks" in note for note in fp4compile.last_report().notes)
+
+
+# --- last_report -----------------------------------------------------------------------------------------------------
+
+
+class _Broken(nn.Module):
+    """A graph break between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        torch._dynamo.graph_break()
+        return self.after(x.relu())
+
+
+def test_the_report_merges_the_graphs_of_one_model() -> None:
+    step(compiled(build(_Broken)), randn(5, 32))
+    report = fp4compile.last_report()
+    assert report.graphs == 2
+    assert statuses() == {(path, role): "fp4" for path in ("before", "after") for role in ROLES}
+    assert len(report.sites) == 6
+
+
+def test_a_recompilation_does_not_double_the_sites() -> None:
+    model = compiled(build(Mlp))
+    step(model, randn(13, 70))
+    step(model, randn(14, 70))
+    assert len(fp4compile.last_report().sites) == 9
+
+
+def test_another_model_starts_a_new_report() -> None:
+    step(compiled(build(Mlp)), randn(13, 70))
+    step(compiled(build(_Broken), "mxfp4-plain"), randn(5, 32))
+    report = fp4compile.last_report()
+    assert report.recipe == "mxfp4-plain"
+    assert {s.path for s in report.sites} == {"before", "after"}

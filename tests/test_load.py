@@ -1,0 +1,293 @@
+"""`load`: the loaded model computes what fake quantisation of the original's weights computes, from packed weights."""
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fp4compile
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.packed import PackedLinear, PackedWeight, replaced
+from fp4compile.recipe import Operand
+
+transformers = pytest.importorskip("transformers")
+
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SIZES = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+
+
+@cache
+def original(name: str) -> Any:
+    torch.manual_seed(0)
+    made = {
+        "llama": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SIZES, **IDS, num_key_value_heads=2, tie_word_embeddings=True)
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**IDS, n_embd=80, n_layer=1, n_head=4, vocab_size=96, n_positions=32)
+        ),
+        "bert": lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(**SIZES, pad_token_id=None, max_position_embeddings=32)
+        ),
+    }[name]()
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(model, recipe) -> the folder, converted once."""
+    root = tmp_path_factory.mktemp("converted")
+
+    @cache
+    def folder(name: str, recipe: str) -> Path:
+        return fp4compile.convert(original(name), recipe, out=root / f"{name}-{recipe}").path
+
+    return folder
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def fake(name: str, format: str, paths: Any) -> Any:
+    """The original with the weights of those modules fake-quantised along their contraction axis."""
+    made = copy.deepcopy(original(name))
+    for path in paths:
+        module = made.get_submodule(path)
+        axis = 0 if type(module).__name__ == "Conv1D" else 1
+        module.weight.data = fp4compile.fake_quantize(module.weight.data, format, axis)
+    return made
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+CASES = [("llama", "hif4"), ("gpt2", "nvfp4"), ("bert", "mxfp4")]
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+@torch.no_grad()
+def test_weights_are_bit_equal_and_outputs_agree(converted, name, format):
+    loaded = fp4compile.load(converted(name, f"{format}-w4a16"))
+    layers = packed_layers(loaded)
+    reference = fake(name, format, layers)
+    for path, layer in layers.items():
+        weight = reference.get_submodule(path).weight
+        assert layer.weight.dtype == weight.dtype and torch.equal(layer.weight, weight)
+        assert f"format={format}" in repr(layer)
+    heads = [m for n, m in loaded.named_modules() if isinstance(m, nn.Linear)]
+    assert layers and len(heads) == {"llama": 1, "gpt2": 1, "bert": 2}[name] - (name == "bert")
+    torch.testing.assert_close(loaded(tokens()).logits, reference(tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@torch.no_grad()
+def test_activations_are_quantised_where_the_recipe_says_so(converted):
+    loaded = fp4compile.load(converted("gpt2", "nvfp4-w4a4"))
+    torch._dynamo.reset()
+    options = {"recipe": "nvfp4-w4a4", "backend": "reference"}
+    compiled = torch.compile(original("gpt2"), backend="fp4compile", options=options)
+    expected, got = (m(tokens(), use_cache=False).logits for m in (compiled, loaded))
+    weights_only = fp4compile.load(converted("gpt2", "nvfp4-w4a16"))(tokens()).logits
+    # Summation order can move an activation across a rounding boundary, so not every bit agrees.
+    assert (got - expected).norm() < 1e-3 * expected.norm() < (weights_only - expected).norm()
+
+
+@pytest.mark.parametrize("recipe", ["hif4-w4a16", "nvfp4-w4a4"])
+def test_compiles_in_one_graph(converted, recipe):
+    name = "gpt2" if "nvfp4" in recipe else "llama"
+    loaded = fp4compile.load(converted(name, recipe))
+    compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = loaded(tokens(), use_cache=False).logits
+        torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generates(converted):
+    loaded = fp4compile.load(converted("llama", "hif4-w4a16"))
+    reference = fake("llama", "hif4", packed_layers(loaded))
+    made = [m.generate(tokens(), max_new_tokens=5, do_sample=False) for m in (loaded, reference)]
+    assert made[0].shape == (2, 12) and torch.equal(*made)
+
+
+@torch.no_grad()
+def test_state_dict_round_trips(converted):
+    first, second = (fp4compile.load(converted("gpt2", "nvfp4-w4a16")) for _ in range(2))
+    state = {k: v.clone() for k, v in first.state_dict().items()}
+    assert any(k.endswith(".codes") for k in state) and state["transformer.wte.weight"].dtype == torch.float32
+    for tensor in second.state_dict().values():
+        tensor.zero_()
+    second.load_state_dict(state)
+    assert torch.equal(first(tokens()).logits, second(tokens()).logits)
+
+
+def test_ties_hold_after_loading(converted):
+    loaded = fp4compile.load(converted("llama", "hif4-w4a16"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_other_dtypes(converted, dtype):
+    loaded = fp4compile.load(converted("gpt2", "nvfp4-w4a16"), dtype=dtype)
+    layer = loaded.transformer.h[0].attn.c_attn
+    assert {t.dtype for n, t in loaded.state_dict().items() if n.rpartition(".")[2] in ("weight", "bias")} == {dtype}
+    assert layer.tensor_scale.dtype == torch.float32 and layer.weight.dtype == dtype
+    out = loaded(tokens()).logits
+    expected = fake("gpt2", "nvfp4", packed_layers(loaded))(tokens()).logits
+    assert out.dtype == dtype and (out.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_casts_and_moves_leave_the_tensor_scale_alone(converted):
+    loaded = fp4compile.load(converted("gpt2", "nvfp4-w4a16")).to(torch.bfloat16)
+    layer = loaded.transformer.h[0].attn.c_attn
+    assert layer.tensor_scale.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.bfloat16 and loaded(tokens()).logits.dtype == torch.bfloat16
+    on_meta = copy.deepcopy(layer).to("meta")
+    assert on_meta.tensor_scale.is_meta and on_meta.tensor_scale.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_runs_on_a_gpu(converted):
+    folder = converted("gpt2", "nvfp4-w4a16")
+    out = fp4compile.load(folder, device="cuda")(tokens().cuda()).logits.cpu()
+    torch.testing.assert_close(out, fp4compile.load(folder)(tokens()).logits, rtol=1e-2, atol=1e-3)
+
+
+# --- one layer -----------------------------------------------------------------------------------------------------
+
+
+def layer(row: PackedWeight, seed: int = 0) -> tuple[PackedLinear, nn.Linear]:
+    torch.manual_seed(seed)
+    linear = nn.Linear(row.features[0], row.features[1])
+    made = replaced(linear, row)
+    for name, tensor in row.pack(linear.weight.detach()).items():
+        setattr(made, name, tensor)
+    made.bias = linear.bias.detach()
+    return made, linear
+
+
+@pytest.mark.parametrize("format", ["hif4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(5, 70), (64, 64), (1, 33)])
+@torch.no_grad()
+def test_any_shape_and_any_rank(format, shape):
+    made, linear = layer(PackedWeight(shape, 1, Operand(format)))
+    dense = fp4compile.fake_quantize(linear.weight, format, 1)
+    for size in ((3, shape[1]), (2, 3, shape[1]), (shape[1],), (0, shape[1])):
+        x = torch.randn(size)
+        torch.testing.assert_close(made(x), nn.functional.linear(x, dense, linear.bias), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_hadamard_recipe_transforms_both_operands():
+    spec = Operand("mxfp4", hadamard=32)
+    made, linear = layer(PackedWeight((16, 64), 1, spec, spec))
+    assert (made.weight - linear.weight).norm() < 0.2 * linear.weight.norm()
+    x = torch.randn(5, 64)
+    exact = linear(x)
+    assert (made(x) - exact).norm() < 0.25 * exact.norm()
+
+
+@torch.no_grad()
+def test_square_blocks():
+    made, linear = layer(PackedWeight((40, 70), 1, Operand("mxfp4", block_2d=True)))
+    assert torch.equal(made.weight, fp4compile.fake_quantize(linear.weight, "mxfp4", 1, block_2d=True))
+    assert "block_2d=True" in repr(made)
+
+
+def test_gradients_reach_the_input():
+    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4")))
+    x = torch.randn(3, 64, requires_grad=True)
+    made(x).sum().backward()
+    torch.testing.assert_close(x.grad, made.weight.sum(0).expand(3, 64))
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(converted: Any, tmp_path: Path) -> Any:
+    """A copy of a conversion whose manifest can be changed."""
+
+    def change(**entries: Any) -> Path:
+        source = converted("llama", "hif4-w4a16")
+        for file in source.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        data = json.loads((tmp_path / "fp4compile.json").read_text()) | entries
+        (tmp_path / "fp4compile.json").write_text(json.dumps(data))
+        return tmp_path
+
+    return change
+
+
+PATH = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"version": 99}, "version 99 is not known here"),
+        ({"weights": []}, "'weights' must be a table"),
+        ({"weights": {PATH: {"shape": [2, 2]}}}, f"weight of '{PATH}': malformed"),
+        ({"weights": {"nobody": {}}}, "weight of 'nobody': malformed"),
+        ({"architecture": "os"}, "'os' is no model class"),
+        ({"dtype": "float8"}, "unknown dtype in .*'float8'"),
+        ({"weights": {}}, "the model has no tensor"),
+    ],
+)
+def test_manifests_that_are_refused(folder, entries, message):
+    with pytest.raises(FP4ValueError, match=message):
+        fp4compile.load(folder(**entries))
+
+
+def test_unknown_formats_and_modules_are_named(folder):
+    good = json.loads((folder() / "fp4compile.json").read_text())["weights"]
+    with pytest.raises(FP4ValueError, match="unknown format 'fp5'; allowed: hif4"):
+        fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"format": "fp5"}}))
+    with pytest.raises(FP4ValueError, match="the model has no module 'nobody'"):
+        fp4compile.load(folder(weights=good | {"nobody": good[PATH]}))
+    with pytest.raises(FP4TypeError, match="no weight of shape"):
+        fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"shape": [80, 64]}}))
+
+
+def test_folders_that_are_refused(folder, tmp_path):
+    with pytest.raises(FP4ValueError, match="is no folder"):
+        fp4compile.load(tmp_path / "nowhere")
+    with pytest.raises(FP4ValueError, match=r"has no fp4compile\.json"):
+        fp4compile.load(tmp_path)
+    with pytest.raises(FP4TypeError, match="allowed: fp32, bf16, fp16"):
+        fp4compile.load(folder(), dtype=torch.int8)
+    (tmp_path / "fp4compile.json").write_text("{")
+    with pytest.raises(FP4ValueError, match="malformed JSON"):
+        fp4compile.load(tmp_path)
+
+
+def test_missing_tensors_are_named(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder() / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v.clone() for k, v in tensors.items() if k != f"{PATH}.codes"}, path)
+    with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes"):
+        fp4compile.load(path.parent)
+
+
+# --- slow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format"), CASES)
+@torch.no_grad()
+def test_inductor_compiles_the_loaded_model(converted, name, format):
+    loaded = fp4compile.load(converted(name, f"{format}-w4a16"))
+    expected = loaded(tokens()).logits
+    compiled = torch.compile(loaded, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens()).logits, expected, rtol=1e-3, atol=1e-4)
