@@ -276,9 +276,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, metavar="DIR", help="keep what is written here (default: a temporary folder)"
     )
     parser.add_argument("--windows", type=int, default=4, metavar="N", help="windows of text (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=384, metavar="N", help="tokens in each (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)")
     parser.add_argument(
-        "--new-tokens", type=int, default=24, metavar="N", help="tokens to generate (default: %(default)s)"
+        "--new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
     )
     options = parser.parse_args(argv)
     if options.windows < 1 or options.length < 2 or options.new_tokens < 1:

@@ -185,8 +185,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--heads", type=count, default=2)
     add("--ff", type=count, default=384, help="width of the feed-forward blocks")
     add("--sequence", type=count, default=256, help="bytes per window")
-    add("--batch", type=count, default=8, help="windows per step")
-    add("--steps", type=count, default=400)
+    add("--batch", type=count, default=4, help="windows per step")
+    add("--steps", type=count, default=700)
     add("--lr", type=number, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of the weights, the batches and stochastic rounding")
     add("--text", type=Path, default=None, help="file or folder; without it, Python's standard library")
@@ -656,7 +656,7 @@ def _label_ends(axes: Any, curves: Sequence[Curve], form: str) -> None:
             color=curve.colour,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": curve.colour, "lw": 0.7, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": curve.colour, "lw": 0.7, "relpos": (0, 0.5), "shrinkB": 0},
         )
 
 
@@ -668,7 +668,7 @@ def _panel(axes: Any, title: str, curves: Sequence[Curve], skip: int, form: str)
     axes.margins(x=0)
     shown = [curve for curve in curves if len(curve.values) > skip]
     for curve in shown:
-        axes.plot(range(skip + 1, len(curve.values) + 1), curve.values[skip:], color=curve.colour, lw=1.8)
+        axes.plot(range(skip + 1, len(curve.values) + 1), curve.values[skip:], color=curve.colour, lw=1.6)
     _label_ends(axes, shown, form)
 
 

@@ -154,15 +154,17 @@ def get_backend(name: str) -> Backend:
 def _dispatcher(op_name: str, kernels: Sequence[Kernel]) -> Callable[..., Any]:
     """An op implementation that runs the first kernel that supports the call, else the reference."""
     reference = OPS[op_name].reference
-    signature = inspect.signature(reference)
+    parameters = inspect.signature(reference).parameters.values()
+    names = [p.name for p in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
+        # torch has checked the call against the schema, so names and defaults need no second binding.
+        arguments = defaults | dict(zip(names, args, strict=False)) | kwargs
         for kernel in kernels:
-            if isinstance(kernel.supports(bound.arguments), Yes):
-                return kernel.run(**bound.arguments)
-        return reference(*args, **kwargs)
+            if isinstance(kernel.supports(arguments), Yes):
+                return kernel.run(**arguments)
+        return reference(**arguments)
 
     return run
 

@@ -37,6 +37,8 @@ class Frame:
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
+        if self.root is None:
+            return False
         parents: dict[int, list[nn.Module]] = defaultdict(list)
         for module in gc.get_objects():
             if issubclass(type(module), nn.Module):

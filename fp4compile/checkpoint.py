@@ -64,10 +64,10 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def from_file(path: Path, device: str = "cpu") -> dict[str, Entry]:
-    """The tensors of a safetensors file. Reading one maps its pages; nothing is copied on the CPU."""
+def from_file(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file. Reading one maps its pages and copies nothing."""
     try:
-        handle: Any = safe_open(path, framework="pt", device=device)
+        handle: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise FP4ValueError(f"{path} is not a whole safetensors file: {error}") from error
     entries = {}

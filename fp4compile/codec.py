@@ -121,7 +121,7 @@ def _per_element(levels: Tensor, n: int) -> Tensor:
     return levels.repeat_interleave(n // levels.shape[-1], dim=-1)
 
 
-def _e6m2_max(largest: float) -> float:
+def e6m2_max(largest: float) -> float:
     """The largest E6M2 number of which seven times is at most `largest`."""
     mantissa, exponent = math.frexp(min(_E6M2_MAX, largest / 7.0))
     return math.ldexp(math.floor(mantissa * 8) / 8, exponent)
@@ -132,7 +132,7 @@ def _encode_e6m2(
 ) -> tuple[Tensor, Tensor]:
     n = mag.shape[-1]
     v3, v2 = (mag.unflatten(-1, (n // level.size, level.size)).amax(-1) for level in (fmt.levels[2], fmt.levels[1]))
-    v, s_max = mag.amax(-1, keepdim=True), _e6m2_max(largest)
+    v, s_max = mag.amax(-1, keepdim=True), e6m2_max(largest)
     if rule == "authors":
         # The authors' kernel works on bf16 scales: 1/7, the scale and its reciprocal are bf16, the products fp32.
         seventh = torch.tensor(1 / 7, dtype=torch.bfloat16, device=mag.device).to(torch.float32)

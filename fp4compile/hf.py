@@ -44,9 +44,7 @@ def transformers() -> ModuleType:
     try:
         import transformers as package
     except ImportError as error:
-        raise FP4ValueError(
-            "transformers models need the transformers package: pip install transformers"
-        ) from error
+        raise FP4ValueError("transformers models need the transformers package: pip install transformers") from error
     return package
 
 
@@ -70,9 +68,7 @@ def read_config(folder: Path) -> Any:
         raise FP4ValueError(f"{str(folder)!r} is no transformers model folder: it has no {CONFIG}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        config = transformers().AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FP4ValueError(f"{path}: {reason}") from error
@@ -86,9 +82,7 @@ def model_class(name: str | None, where: str) -> type:
     """The transformers model class of that name; anything else is an error."""
     found = getattr(transformers(), name, None) if name else None
     if not (isinstance(found, type) and issubclass(found, transformers().PreTrainedModel)):
-        raise FP4ValueError(
-            f"{where}: {name!r} is no model class of transformers {transformers().__version__}"
-        )
+        raise FP4ValueError(f"{where}: {name!r} is no model class of transformers {transformers().__version__}")
     return found
 
 
@@ -141,9 +135,7 @@ def write_companions(origin: Any, config: Any, out: Path) -> None:
 def read_generation_config(model: Any, folder: Path) -> None:
     """Give a loaded model the generation settings that lie beside it."""
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers().GenerationConfig.from_pretrained(
-            folder, local_files_only=True
-        )
+        model.generation_config = transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def known_dtype(name: Any, where: str) -> torch.dtype:

@@ -103,12 +103,10 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
     return names
 
 
-def _fill(
-    model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype | None, extra: list[str]
-) -> None:
+def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype | None, extra: list[str]) -> None:
     """Give every tensor its stored values, one at a time; tied ones stay tied."""
     places = _places(model)
-    for name, entry in checkpoint.from_file(file, str(device)).items():
+    for name, entry in checkpoint.from_file(file).items():
         if name not in places:
             if name in extra:
                 continue
@@ -116,7 +114,7 @@ def _fill(
         expected = tuple(places[name][0].tensor.shape)
         if expected != entry.shape:
             raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
-        tensor = entry.read()
+        tensor = entry.read().to(device)
         if dtype is not None and tensor.is_floating_point() and not name.endswith(".tensor_scale"):
             tensor = tensor.to(dtype)
         parameter = nn.Parameter(tensor, requires_grad=False)

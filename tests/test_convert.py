@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fp4compile
+from fp4compile import hf
 from fp4compile.checkpoint import Writer, from_file, from_folder
 from fp4compile.convert import MANIFEST, TARGETS
 from fp4compile.errors import FP4TypeError, FP4ValueError
@@ -25,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 # The package's functions of the same names hide the modules.
 CONVERT = importlib.import_module("fp4compile.convert")
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SIZES = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
 
@@ -358,19 +360,21 @@ def test_base_model_names_shards_and_extra_tensors(folder, converted, tmp_path):
     fp4compile.load(artifact.path)
 
 
-def test_wrong_checkpoints(folder, saved, tmp_path):
-    shaped = folder(lambda t: t | {"model.norm.weight": torch.ones(3)}, "shaped")
-    with pytest.raises(FP4ValueError, match=r"'model\.norm\.weight' has shape \(3,\)"):
-        fp4compile.convert(shaped, out=tmp_path / "out")
-    tied = folder(
-        lambda t: t | {"lm_head.weight": torch.zeros(96, 80), "model.embed_tokens.weight": torch.ones(96, 80)}, "tied"
-    )
-    with pytest.raises(FP4ValueError, match=r"ties .* but their values differ"):
-        fp4compile.convert(tied, out=tmp_path / "out")
-    integers = folder(lambda t: {k: v.to(torch.float64) for k, v in t.items()}, "wide")
-    with pytest.raises(FP4ValueError, match=r"of dtype torch\.float64; allowed: fp32, bf16, fp16"):
-        fp4compile.convert(integers, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": torch.ones(3)}, r"'model\.norm\.weight' has shape \(3,\)"),
+        ({"lm_head.weight": torch.zeros(96, 80)}, "ties .* but their values differ"),
+        ({QUERY: torch.zeros(80, 80, dtype=torch.float64)}, r"of dtype torch\.float64; allowed: fp32, bf16, fp16"),
+    ],
+)
+def test_wrong_checkpoints(saved, tmp_path, changes, message):
+    tensors = load_file(saved("llama") / "model.safetensors") | changes
+    save_file(tensors, tmp_path / "model.safetensors")
+    meta = hf.meta_model(type(model("llama")), model("llama").config, torch.float32)
+    packed = {QUERY: PackedWeight((80, 80), 1, Operand("hif4"))}
+    with pytest.raises(FP4ValueError, match=message):
+        CONVERT._match(meta, packed, from_folder(tmp_path), "here")
 
 
 def test_folders_that_are_none(folder, tmp_path):

@@ -89,12 +89,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("out", [1, 32])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("out", "bias"), [(1, True), (1, False), (32, True)])
 def test_a_linear_of_any_shape(shape: tuple[int, ...], out: int, bias: bool) -> None:
     model = nn.Linear(64, out, bias=bias)
     assert sites(model, randn(*shape).requires_grad_()) == expect(_="forward dgrad wgrad")
-    assert sites(model, randn(*shape)) == expect(_="forward wgrad")
     assert sites(model, randn(*shape), train=False) == expect(_="forward")
 
 

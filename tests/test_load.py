@@ -155,6 +155,7 @@ def test_casts_and_moves_leave_the_tensor_scale_alone(converted):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_runs_on_a_gpu(converted):
     folder = converted("gpt2", "nvfp4-w4a16")

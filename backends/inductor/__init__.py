@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from fp4compile.aot import decompositions
 from fp4compile.backend import Backend, Rewrite, install_kernels
-from fp4compile.backends.inductor.cpu import KERNELS
+from fp4compile.backends.inductor.cpu import KERNELS, prebuild
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
 
 
@@ -54,6 +54,7 @@ class InductorBackend(Backend):
         context: Context,
         mode: str | None = None,
     ) -> Callable[..., Any]:
+        prebuild()  # the kernels' C compiler runs beside AOTAutograd's tracing
         install_kernels(self.name)
         joint_pass = _JointPass(rewrite, fingerprint(context, default_pipeline()))
         patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": joint_pass}

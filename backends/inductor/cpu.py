@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.codec import E4M3_MAX
-from fp4compile.codec import _e6m2_max as e6m2_max
+from fp4compile.codec import e6m2_max
 from fp4compile.formats import FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
 from fp4compile.ops import OPS
@@ -423,7 +423,7 @@ def hadamard(x: Tensor, axis: int, size: int, seed: Tensor | None) -> Tensor:
 
 
 # Rows of a packed weight that are decoded at a time for a GEMM of few rows: they stay in cache between both.
-_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 20
 _FEW_ROWS = 16
 
 

@@ -1,0 +1,685 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""Triton kernels of the codec ops: one tile of a tensor per program, the arithmetic of `fp4compile.codec` bit for bit.
+
+    x [batch, lanes, size] or, in columns, [batch, size, lanes]  ->  tiles [L, K]  ->  blocks [L, NB, BLOCK]
+
+A lane is one run of elements along the blocked axis. Rows are read along the lane. Columns are read across lanes, in
+place: a thread holds LOW consecutive elements of a lane, so that the inner scale levels need no other thread, and
+what looks like a transposition below only renames the dimensions of registers.
+
+fp32 throughout. Maxima are taken on bit patterns as integers, where NaN and Inf are larger than every number.
+Divisions are rounded correctly (`/` would not be); the launch forbids contraction to fused multiply-adds, and where
+one is written the product is exact. Nothing reads a format's name.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUNDS = tl.constexpr(10)
+_INF = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(0x7FC00000)
+_SIGN = tl.constexpr(-0x80000000)
+_E6M2_MIN = tl.constexpr(2.0**-48)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pow2(k):
+    """2**k for integer k in [-127, 127]; the least is subnormal."""
+    return _float(tl.where(k < -126, 0x00400000, (k + 127) << 23))
+
+
+# --- where a tile stands ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Batch, first lane and first element of this program's tile; neighbours in memory come one after the other."""
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    across, along = tl.cdiv(lanes, L), tl.cdiv(size, K)
+    rest = pid // (across * along)
+    inside = pid % (across * along)
+    if COLUMNS:
+        return rest, inside % across * L, inside // across * K
+    else:
+        return rest, inside // along * L, inside % along * K
+
+
+@triton.jit
+def _elements(
+    lane, k, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr
+):
+    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [LOW, K // LOW, L]."""
+    if COLUMNS:
+        lane += EVERY * tl.arange(0, L // EVERY)[None, None, :]
+        k += tl.arange(0, LOW)[:, None, None] + LOW * tl.arange(0, K // LOW)[None, :, None]
+    else:
+        lane += tl.arange(0, L)[:, None]
+        k += EVERY * tl.arange(0, K // EVERY)[None, :]
+    return lane, k
+
+
+@triton.jit
+def _index(batch, lane, k, lanes, size, COLUMNS: tl.constexpr):
+    """The linear index of element k of a lane."""
+    if COLUMNS:
+        return (batch * size + k) * lanes + lane
+    else:
+        return (batch * lanes + lane) * size + k
+
+
+@triton.jit
+def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile as `_elements` orders it -> [L, K]."""
+    if COLUMNS:
+        x = tl.permute(x, (2, 1, 0)).reshape([L, K])
+    return x
+
+
+@triton.jit
+def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `_to_lanes`."""
+    if COLUMNS:
+        x = tl.permute(x.reshape([L, K // LOW, LOW]), (2, 1, 0))
+    return x
+
+
+@triton.jit
+def _load(
+    x_ptr,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """A tile [L, K] in fp32; zeros past the edges."""
+    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
+    pointers = x_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
+    if EVEN:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(lane < lanes) & (k < size), other=0.0)
+    return _to_lanes(x.to(tl.float32), L, K, COLUMNS)
+
+
+@triton.jit
+def _store(
+    y_ptr,
+    y,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    y = _to_memory(y.to(y_ptr.dtype.element_ty), L, K, LOW, COLUMNS)
+    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
+    pointers = y_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
+    if EVEN:
+        tl.store(pointers, y)
+    else:
+        tl.store(pointers, y, mask=(lane < lanes) & (k < size))
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _philox(counter, seed, stream, WIDE: tl.constexpr):
+    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, stream)."""
+    c0 = counter.to(tl.uint32)
+    c1 = tl.zeros_like(c0)
+    if WIDE:
+        c1 = (counter >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + (seed >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c0)
+    k0, k1 = seed.to(tl.uint32), stream.to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        # A 64-bit product of 32-bit factors is one instruction.
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _in_turn(w0, w1, w2, w3):
+    """[..., n] four times -> [..., n, 2, 2]: w0, w1, w2, w3 of the first, then of the second, …"""
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def _uniform(
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    seed_ptr,
+    stream,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
+    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 4 if ALIGNED else 1)
+    index = _index(batch, lane, k, lanes, size, COLUMNS)
+    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), stream, WIDE)
+    if ALIGNED:
+        words = _in_turn(w0, w1, w2, w3)
+        words = words.reshape([LOW, K // LOW, L]) if COLUMNS else words.reshape([L, K])
+    else:
+        words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
+    # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
+    u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    return _to_lanes(u, L, K, COLUMNS)
+
+
+# --- the Hadamard transform ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _signs(seed_ptr, stream, SIZE: tl.constexpr):
+    """The sign bits of the transform, int32 [SIZE]."""
+    if seed_ptr is None:
+        seed = tl.full([], 0, tl.int64)
+    else:
+        seed = tl.load(seed_ptr)
+    w0, w1, w2, w3 = _philox(tl.arange(0, SIZE // 4), seed, stream, False)
+    return _in_turn(w0, w1, w2, w3).reshape([SIZE]).to(tl.int32, bitcast=True) & _SIGN
+
+
+@triton.jit
+def _hadamard(
+    x,
+    seed_ptr,
+    stream,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Signs, butterflies with strides 1, 2, 4, …, one multiply, on runs of SIZE of [L, K]."""
+    bits = _bits(x).reshape([L, K // SIZE, SIZE]) ^ _signs(seed_ptr, stream, SIZE)[None, None, :]
+    for step in tl.static_range(LOG2):
+        bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
+        # The other of a pair without a copy through memory: xor of both, xor this one.
+        other = _float(tl.xor_sum(bits, axis=2)[:, :, None, :] ^ bits)
+        own = _float(bits)
+        second = tl.arange(0, 2)[None, None, :, None] == 1
+        bits = _bits(tl.where(second, other - own, own + other))
+    return _float(bits).reshape([L, K]) * FACTOR
+
+
+# --- scales ----------------------------------------------------------------------------------------------------------
+# Encoders take magnitudes [L, NB, BLOCK] and their maxima's bits [L, NB], and return t = |x| / scale, the scale
+# (broadcastable to the elements) and the stored integer [L, NB].
+
+
+@triton.jit
+def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """`up_from`: the fraction of the maximum, as 23 bits, from which the exponent moves up."""
+    subnormal = amax < 0x00800000
+    bits = tl.where(subnormal, _bits(_float(amax) * 16777216.0), amax)
+    k = (bits >> 23) - tl.where(subnormal, 127 + 24 + EMAX, 127 + EMAX)
+    k += ((bits & 0x7FFFFF) >= up_from).to(tl.int32)
+    k = tl.minimum(tl.maximum(k, -127), k_max)
+    k = tl.where(amax == 0, -127, k)
+    if STOCHASTIC:
+        # Values near the least subnormal may round up: through the same two products as the reference.
+        half = -k >> 1
+        t = (mag * _pow2(half)[:, :, None]) * _pow2(-k - half)[:, :, None]
+    else:
+        t = mag * _pow2(-k)[:, :, None]
+    return t, _pow2(k)[:, :, None], k + 127
+
+
+@triton.jit
+def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
+    scale = tl.div_rn(_float(amax), TOP)
+    one = 1.0
+    if ts_ptr is not None:
+        ts = tl.load(ts_ptr)
+        scale = tl.div_rn(scale, ts)
+        one = tl.div_rn(1.0, ts)
+    scale = tl.minimum(tl.maximum(scale, 0.015625), 448.0)  # a normal E4M3 number: only the mantissa is rounded
+    bits = _bits(scale)
+    if TRUNCATION_FREE:
+        rounded = (bits + 0xFFFFF) >> 20
+    else:
+        rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    scale = _float(rounded << 20)
+    return mag * tl.div_rn(one, scale)[:, :, None], scale[:, :, None], rounded - 960
+
+
+@triton.jit
+def _to_bf16(x):
+    """Rounded to bf16, ties to even, for x >= 0."""
+    bits = _bits(x)
+    return _float((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
+
+
+@triton.jit
+def _spread(fours, L: tl.constexpr, NB: tl.constexpr):
+    """One value per 4 elements, [L, NB, 8, 2] -> one per element, [L, NB, 64]."""
+    return tl.broadcast_to(fours[:, :, :, :, None], [L, NB, 8, 2, 4]).reshape([L, NB, 64])
+
+
+@triton.jit
+def _scaled(
+    mag,
+    factor,
+    exponent,
+    L: tl.constexpr,
+    NB: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """t = mag / factor (truncation-free) or mag * factor, times 2**-exponent."""
+    down = _pow2(-exponent)
+    if STOCHASTIC:
+        # In two roundings as in the reference: values near the least subnormal may round up.
+        if TRUNCATION_FREE:
+            t = tl.div_rn(mag, tl.broadcast_to(factor[:, :, None], mag.shape))
+        else:
+            t = mag * factor[:, :, None]
+        t = t * _spread(down, L, NB)
+    elif TRUNCATION_FREE:
+        t = tl.div_rn(mag, _spread(factor[:, :, None, None] * _pow2(exponent), L, NB))
+    else:
+        t = mag * _spread(factor[:, :, None, None] * down, L, NB)
+    return t
+
+
+@triton.jit
+def _encode_e6m2(
+    mag, s_max, L: tl.constexpr, NB: tl.constexpr, TRUNCATION_FREE: tl.constexpr, STOCHASTIC: tl.constexpr
+):
+    """E6M2 per 64, one exponent bit per 8 and one per 4; the maxima too, which lie within a thread but for the last."""
+    fours = tl.max(_bits(mag).reshape([L, NB, 8, 2, 4]), axis=4)
+    eights = tl.max(fours, axis=3)
+    amax = tl.max(eights, axis=2)
+    v, v2, v3 = _float(amax), _float(eights), _float(fours)
+    if TRUNCATION_FREE:
+        s = tl.minimum(tl.maximum(tl.div_rn(v, 7.0), _E6M2_MIN), s_max)
+        rounded = (_bits(s) + 0x1FFFFF) >> 21
+        scale = _float(rounded << 21)
+        # v / scale > 3.5 in fp32 exactly where v > 3.5 * scale: of a scale of three bits both sides are exact.
+        factor = scale
+        e2 = (v2 > 3.5 * scale[:, :, None]).to(tl.int32)
+        e3 = (v3 > (tl.where(e2 == 1, 3.5, 1.75) * scale[:, :, None])[:, :, :, None]).to(tl.int32)
+    else:
+        # bf16(1/7); the scale and its reciprocal are bf16, the products fp32.
+        s = tl.minimum(tl.maximum(_to_bf16(v * 0.142578125), _E6M2_MIN), s_max)
+        bits = _bits(s)
+        rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
+        scale = _float(rounded << 21)
+        factor = _to_bf16(tl.div_rn(1.0, scale))
+        e2 = (v2 * factor[:, :, None] >= 4.0).to(tl.int32)
+        e3 = (v3 * factor[:, :, None, None] >= tl.where(e2 == 1, 4.0, 2.0)[:, :, :, None]).to(tl.int32)
+    exponent = e2[:, :, :, None] + e3
+    t = _scaled(mag, factor, exponent, L, NB, TRUNCATION_FREE, STOCHASTIC)
+    at = tl.arange(0, 8)
+    second = tl.sum(e2 << (8 + at)[None, None, :], axis=2)
+    third = e3 << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
+    word = rounded - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
+    return t, _spread(scale[:, :, None, None] * _pow2(exponent), L, NB), word, amax
+
+
+@triton.jit
+def _decode_e6m2(word, L: tl.constexpr, NB: tl.constexpr):
+    """[L, NB] -> the scale of every element, [L, NB, 64]."""
+    byte = word & 0xFF
+    at = tl.arange(0, 8)
+    second = (word[:, :, None] >> (8 + at)[None, None, :]) & 1
+    shifts = 16 + 2 * at[:, None] + tl.arange(0, 2)[None, :]
+    third = (word[:, :, None, None] >> shifts[None, None, :, :]) & 1
+    bits = (byte << 21) + 0x27800000
+    bits = bits[:, :, None, None] + ((second[:, :, :, None] + third) << 23)
+    bits = tl.where((byte == 0xFF)[:, :, None, None], _NAN, bits)
+    return _float(_spread(bits, L, NB))
+
+
+@triton.jit
+def _decode(stored, L: tl.constexpr, NB: tl.constexpr, SCALING: tl.constexpr):
+    """Stored scales [L, NB] -> multipliers, broadcastable to [L, NB, BLOCK]."""
+    if SCALING == "e6m2":
+        scale = _decode_e6m2(stored, L, NB)
+    elif SCALING == "e8m0":
+        scale = _float(tl.where(stored == 0xFF, _NAN, _bits(_pow2(stored - 127))))[:, :, None]
+    else:
+        # E4M3: its fields moved into fp32's, and the difference of the biases; subnormal numbers come out right too.
+        value = _float(((stored & 0x7F) << 20) | ((stored & 0x80) << 24)) * 1.329227995784916e36
+        scale = tl.where((stored & 0x7F) == 0x7F, float("nan"), value)[:, :, None]
+    return scale
+
+
+# --- elements --------------------------------------------------------------------------------------------------------
+# Magnitudes are in steps: those of E2M1 itself, else the index on an evenly spaced grid. STEP turns them into values.
+
+
+@triton.jit
+def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
+    if ELEMENT == "e2m1":
+        t = tl.minimum(t, 6.0)
+        # 1.5 * 2**23 times the spacing around t: the sum is rounded to that spacing, ties to even.
+        magic = _float((_bits(tl.maximum(t, 1.0)) & _INF) + 0x0B400000)
+        return (t + magic) - magic
+    else:
+        return tl.minimum(tl.floor(tl.fma(t, 1.0 / STEP, 0.5)), 7.0)  # the product is exact: STEP is a power of two
+
+
+@triton.jit
+def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
+    """The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact."""
+    if ELEMENT == "e2m1":
+        t = tl.minimum(t, 6.0)
+        exponent = _bits(tl.maximum(t, 1.0)) & _INF
+        gap, inverse = _float(exponent - 0x00800000), _float(0x7F800000 - exponent)
+        lower = tl.where(t < 1.0, tl.where(t < 0.5, 0.0, 0.5), _float(_bits(t) & -0x400000))
+        return lower + tl.where(u < (t - lower) * inverse, gap, 0.0)
+    else:
+        t = tl.minimum(t * (1.0 / STEP), 7.0)
+        lower = tl.floor(t)
+        return lower + tl.where(u < t - lower, 1.0, 0.0)
+
+
+@triton.jit
+def _code(q, ELEMENT: tl.constexpr):
+    """The three bits of a magnitude."""
+    if ELEMENT == "e2m1":
+        return tl.where(q == 0.0, 0, tl.maximum((_bits(q) >> 22) - 252, 1))
+    else:
+        return q.to(tl.int32)
+
+
+@triton.jit
+def _magnitude(code, ELEMENT: tl.constexpr):
+    """The inverse of `_code`."""
+    if ELEMENT == "e2m1":
+        return _float(code << 22) * 8.507059173023462e37  # as a number with exponent bias 1
+    else:
+        return code.to(tl.float32)
+
+
+@triton.jit
+def _quantise(
+    x,
+    u,
+    ts_ptr,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    NB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite."""
+    bits = _bits(x).reshape([L, NB, BLOCK]) & 0x7FFFFFFF
+    mag = _float(bits)
+    if SCALING == "e6m2":
+        t, scale, stored, amax = _encode_e6m2(mag, s_max, L, NB, TRUNCATION_FREE, STOCHASTIC)
+    else:
+        amax = tl.max(bits, axis=2)
+        if EDGE:
+            square = tl.max(amax.reshape([L // EDGE, EDGE, NB]), axis=1)
+            amax = tl.broadcast_to(square[:, None, :], [L // EDGE, EDGE, NB]).reshape([L, NB])
+        if SCALING == "e8m0":
+            t, scale, stored = _encode_e8m0(mag, amax, up_from, k_max, EMAX, STOCHASTIC)
+        else:
+            t, scale, stored = _encode_e4m3(mag, amax, ts_ptr, TOP, TRUNCATION_FREE)
+    if STOCHASTIC:
+        q = _round_stochastic(t, u.reshape([L, NB, BLOCK]), ELEMENT, STEP)
+    else:
+        q = _round_nearest(t, ELEMENT, STEP)
+    return q, scale, stored, amax >= _INF
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["up_from", "k_max", "stream", "sign_stream"])
+def fake_quantize(
+    x_ptr,
+    y_ptr,
+    ts_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    lanes,
+    size,
+    padded,
+    stream,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FOLD: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """y = dequantised(quantised(x)) in y's dtype."""
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    if HADAMARD:
+        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+    u = x
+    if STOCHASTIC:
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+    NB: tl.constexpr = K // BLOCK
+    q, scale, _, bad = _quantise(
+        x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
+    )  # fmt: skip
+    scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
+    y = q * scale
+    if FOLD:
+        y = y * tl.load(ts_ptr)
+    y = _float(_bits(y).reshape([L, K]) ^ (_bits(x) & _SIGN))
+    _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
+
+
+@triton.jit(do_not_specialize=["up_from", "k_max", "stream", "sign_stream"])
+def quantize(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    ts_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    lanes,
+    size,
+    padded,
+    blocks,
+    stream,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NAN: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Codes, as 32-bit words of eight, and scales; `blocks` is the number of blocks of a lane."""
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    if HADAMARD:
+        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+    u = x
+    if STOCHASTIC:
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+    NB: tl.constexpr = K // BLOCK
+    q, _, stored, bad = _quantise(
+        x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
+    )  # fmt: skip
+    code = _code(q, ELEMENT) | ((_bits(x) >> 28) & 8).reshape([L, NB, BLOCK])
+    code = tl.where(bad[:, :, None], 0, code).reshape([L, K // 8, 8])
+    words = tl.sum(code << (4 * tl.arange(0, 8))[None, None, :], axis=2)
+    stored = tl.where(bad, NAN, stored)
+
+    lane += tl.arange(0, L)[:, None]
+    row = batch * lanes + lane
+    word = k // 8 + tl.arange(0, K // 8)[None, :]
+    tl.store(codes_ptr + row * (blocks * (BLOCK // 8)) + word, words, (lane < lanes) & (word < blocks * (BLOCK // 8)))
+    block = k // BLOCK + tl.arange(0, NB)[None, :]
+    inside = (lane < lanes) & (block < blocks)
+    if EDGE:
+        row = batch * tl.cdiv(lanes, EDGE) + lane // EDGE
+        inside = inside & (lane % EDGE == 0)
+    tl.store(scales_ptr + row * blocks + block, stored.to(scales_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def dequantize(
+    codes_ptr,
+    scales_ptr,
+    y_ptr,
+    ts_ptr,
+    lanes,
+    size,
+    blocks,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """(magnitude * scale) * tensor scale in fp32, rounded once to y's dtype."""
+    batch, lane0, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    NB: tl.constexpr = K // BLOCK
+    lane = lane0 + tl.arange(0, L)[:, None]
+    row = batch * lanes + lane
+    word = k // 8 + tl.arange(0, K // 8)[None, :]
+    inside = (lane < lanes) & (word < blocks * (BLOCK // 8))
+    words = tl.load(codes_ptr + row * (blocks * (BLOCK // 8)) + word, inside, 0)
+    if EDGE:
+        row = batch * tl.cdiv(lanes, EDGE) + lane // EDGE
+    block = k // BLOCK + tl.arange(0, NB)[None, :]
+    stored = tl.load(scales_ptr + row * blocks + block, (lane < lanes) & (block < blocks), 0).to(tl.int32)
+
+    code = ((words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 15).reshape([L, NB, BLOCK])
+    y = _magnitude(code & 7, ELEMENT) * (_decode(stored, L, NB, SCALING) * STEP)
+    y = _float(_bits(y) ^ ((code & 8) << 28))
+    if ts_ptr is not None:
+        y = y * tl.load(ts_ptr)
+    _store(y_ptr, y.reshape([L, K]), batch, lane0, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+
+
+@triton.jit(do_not_specialize=["sign_stream"])
+def amax(
+    x_ptr,
+    partial_ptr,
+    sign_seed_ptr,
+    lanes,
+    size,
+    padded,
+    sign_stream,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """The bits of the largest finite magnitude of each tile."""
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    if HADAMARD:
+        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+    bits = _bits(x) & 0x7FFFFFFF
+    bits = tl.where(bits < _INF, bits, 0)
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
+
+
+@triton.jit
+def tensor_scale(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr):
+    """The tensor scale from the maxima of all tiles, in one program."""
+    at = tl.arange(0, CHUNK)
+    most = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, count, CHUNK):
+        most = tl.maximum(most, tl.load(partial_ptr + start + at, start + at < count, 0))
+    amax = _float(tl.max(most, axis=0))
+    scale = tl.maximum(tl.div_rn(amax, TOP), LEAST)
+    tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))
