@@ -177,13 +177,13 @@ def ratio(before: int, after: int) -> str:
 
 def results(original: Measured, rows: Sequence[Row]) -> Table:
     """Sizes and quality, a line per recipe."""
-    table = Table(title="SmolLM2-135M", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="SmolLM2-135M; the original is fp32", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("recipe")
     for column in ("file\nMB", "smaller", "weights\nMB", "smaller", "perplexity", "relative", "logits\ncosine"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     file, dense = rows[0].artifact.bytes_before, rows[0].artifact.report.weight_bytes[0]
     table.add_row(
-        "original (fp32)", megabytes(file), "", megabytes(dense), "", f"{original.perplexity:.2f}", "1.000", "1.0000"
+        "original", megabytes(file), "", megabytes(dense), "", f"{original.perplexity:.2f}", "1.000", "1.0000"
     )
     for row in rows:
         a, m = row.artifact, row.measured

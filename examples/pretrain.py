@@ -31,6 +31,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -186,7 +187,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ff", type=count, default=384, help="width of the feed-forward blocks")
     add("--sequence", type=count, default=256, help="bytes per window")
     add("--batch", type=count, default=4, help="windows per step")
-    add("--steps", type=count, default=700)
+    add("--steps", type=count, default=600)
     add("--lr", type=number, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of the weights, the batches and stochastic rounding")
     add("--text", type=Path, default=None, help="file or folder; without it, Python's standard library")
@@ -301,10 +302,10 @@ def read_text(path: Path | None, sequence: int) -> Text:
     data = b"\n".join(filter(None, map(_read, _shuffled(_files(path) if path else _standard_library()))))
     needed = math.ceil((sequence + 1) / HELD_OUT)
     if len(data) < needed:
-        hint = "use a larger text or a shorter --sequence" if path else "name a text with --text"
         raise BadInput(
             f"the text ({source}) holds {len(data):,} bytes; --sequence {sequence} needs {needed:,} or more, "
-            f"because the last {HELD_OUT:.0%} are held out and must fill a window. Please {hint}."
+            f"because the last {HELD_OUT:.0%} are held out and must fill a window. "
+            "Use a larger text (--text) or a shorter --sequence."
         )
     tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     first_held_out = len(data) - math.ceil(len(data) * HELD_OUT)
@@ -524,19 +525,15 @@ def _number(value: float, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if math.isfinite(value) else "diverged"
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
-
-
 def result_table(arms: Sequence[Arm]) -> Table:
-    """The table at the end, one row per arm."""
-    table = Table(title="Loss in nats per byte", title_justify="left")
-    table.add_column("precision")
-    for name in ("train loss,\nlast 10%", "held-out\nloss", f"gap to\n{arms[0].label}", "GEMM FLOPs\nin FP4"):
+    """The table at the end, one row per arm: FLOPs of all linear GEMMs, weights of those in FP4, before and after."""
+    title = "Loss in nats per byte; train loss: mean of the last 10% of the steps"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("precision", no_wrap=True, vertical="bottom")
+    versus = arms[0].label
+    heads = ("train\nloss", "held-out\nloss", f"gap to\n{versus}", "FLOPs\nin FP4", "weights\nin MiB", "seconds")
+    for name in (*heads, f"a step\nvs {versus}"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("weights of\nFP4 GEMMs", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column(f"step time\nvs {arms[0].label}", justify="right", no_wrap=True)
     reference = arms[0]
     for arm in arms:
         report = arm.report
@@ -546,7 +543,7 @@ def result_table(arms: Sequence[Arm]) -> Table:
             _number(arm.held_out, ".4f"),
             _number(100 * gap(arm.final, reference.final), "+.2f", "%") if arm.recipe else "–",
             f"{report.fp4_share:.1%}" if report else "–",
-            f"{_size(report.weight_bytes[0])} →\n{_size(report.weight_bytes[1])}" if report else "–",
+            " → ".join(f"{count / 2**20:.2f}" for count in report.weight_bytes) if report else "–",
             f"{arm.seconds:.0f}",
             f"{arm.step_seconds / reference.step_seconds:.2f}×" if arm.recipe and reference.step_seconds else "–",
         )
@@ -684,8 +681,8 @@ def draw(arms: Sequence[Arm], options: argparse.Namespace) -> bytes:
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _panel(left, "Training loss (nats per byte)", curves, window // 4, ".3f")
-        title = f"Gap to {arms[0].label} (%)"
+        _panel(left, f"Training loss (nats per byte; means over {window} steps)", curves, window // 4, ".3f")
+        title = f"Gap to {arms[0].label} (%; of the same means)"
         _panel(right, title, gaps, min(window, options.steps - 1), "+.2f")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)

@@ -13,7 +13,14 @@ aten = torch.ops.aten
 _GEMMS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv)
 
 
+class _Table(dict[Any, Callable[..., Any]]):
+    """Pickles by reference: Inductor's caches make it a part of their key, and its functions do not pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return decompositions, ()
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of GEMMs."""
     hidden = {getattr(op, overload) for op in _GEMMS for overload in op.overloads()}
-    return {op: rule for op, rule in select_decomp_table().items() if op not in hidden}
+    return _Table({op: rule for op, rule in select_decomp_table().items() if op not in hidden})

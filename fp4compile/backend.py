@@ -135,7 +135,12 @@ def backend_names() -> list[str]:
 @cache
 def _load(name: str) -> Backend:
     entry = _entry_points().get(name) or _OWN[name]
-    backend = entry.load()
+    try:
+        backend = entry.load()
+    except Exception as error:  # a plugin may raise anything
+        raise FP4ValueError(
+            f"backend {name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(backend, Backend):
         raise FP4ValueError(f"entry point {name!r} of group {GROUP} is a {type(backend).__name__}, not a Backend")
     return backend

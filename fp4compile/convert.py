@@ -59,17 +59,9 @@ class Artifact:
 # --- what the checkpoint holds ------------------------------------------------------------------------------
 
 
-# Names that old checkpoints still use.
-_LEGACY = ((".weight", ".gamma"), (".bias", ".beta"))
-
-
 def _candidates(name: str, prefix: str) -> list[str]:
     """Names under which a checkpoint may hold a tensor: saved from, or for, the base model alone."""
-    plain = name.removeprefix(f"{prefix}.") if prefix else name
-    names = [name, plain, f"{prefix}.{name}"]
-    for new, old in _LEGACY:
-        names += [n.removesuffix(new) + old for n in (name, plain) if n.endswith(new)]
-    return list(dict.fromkeys(names))
+    return [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
 
 
 @dataclass(frozen=True)
@@ -98,48 +90,46 @@ class _Item:
         return {f"{self.module}.{n}": t for n, t in self.packed.pack(value).items()}
 
 
-def _match(
-    model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, Entry], where: str
-) -> list[_Item]:
+def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, Entry], where: str) -> list[_Item]:
     """Every tensor of the model with its source, then those that the checkpoint holds beyond the model's.
 
     Raises:
         FP4ValueError: the checkpoint lacks a tensor, holds another shape, or two values for tied names.
     """
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    unknown_names = [name for name in source if name not in shapes]
+    new = {old: name for old, name in hf.renamed(model, unknown_names).items() if name not in source}
+    source = {new.get(name, name): entry for name, entry in source.items()}
     items: list[_Item] = []
     used: set[str] = set()
     missing: list[str] = []
-    tied = tied_names(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    for names in {group[0]: group for group in tied.values()}.values():
-        found = {n: next((c for c in _candidates(n, prefix) if c in source), None) for n in names}
-        held = {n: key for n, key in found.items() if key is not None}
-        if not held:
+    for names in {group[0]: group for group in tied_names(model).values()}.values():
+        found = {n: next((c for c in _candidates(n, model.base_model_prefix) if c in source), "") for n in names}
+        keys = {n: key for n, key in found.items() if key}
+        if not keys:
             missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
             continue
-        name, key = next(iter(held.items()))
-        entry = source[key]
-        if entry.shape != shapes[name]:
-            raise FP4ValueError(
-                f"{where}: tensor {key!r} has shape {entry.shape}, the model expects {shapes[name]}"
-            )
-        if names[0] in plan and entry.dtype not in DTYPES:
-            raise FP4ValueError(
-                f"{where}: cannot pack tensor {key!r} of dtype {entry.dtype}; allowed: fp32, bf16, fp16"
-            )
-        _check_equal(entry, [source[k] for k in held.values() if k != key], list(held.values()), where)
-        used.update(held.values())
-        items.append(_Item(name, entry, plan.get(names[0])))
+        name = next(iter(keys))
+        item = _Item(name, source[keys[name]], plan.get(names[0]))
+        _check(item, shapes[name], f"{where}: tensor {keys[name]!r}")
+        _check_equal(item.entry, [source[k] for k in keys.values()], list(keys.values()), where)
+        used.update(keys.values())
+        items.append(item)
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise FP4ValueError(
-            f"{where} lacks tensors of {type(model).__name__}: {', '.join(missing[:8])}{more}"
-        )
+        raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {', '.join(missing[:8])}{more}")
     return items + [_Item(name, entry) for name, entry in source.items() if name not in used]
 
 
-def _check_equal(first: Entry, others: Iterable[Entry], keys: list[str], where: str) -> None:
+def _check(item: _Item, shape: tuple[int, ...], what: str) -> None:
+    if item.entry.shape != shape:
+        raise FP4ValueError(f"{what} has shape {item.entry.shape}, the model expects {shape}")
+    if item.packed and item.entry.dtype not in DTYPES:
+        raise FP4ValueError(f"{what} of dtype {item.entry.dtype} cannot be packed; allowed: fp32, bf16, fp16")
+
+
+def _check_equal(first: Entry, all_of_it: Sequence[Entry], keys: list[str], where: str) -> None:
+    others = [entry for entry in all_of_it if entry is not first]
     if not all(o.shape == first.shape and torch.equal(first.read(), o.read()) for o in others):
         raise FP4ValueError(f"{where}: the configuration ties {' and '.join(keys)}, but their values differ")
 
@@ -149,9 +139,7 @@ def _check_equal(first: Entry, others: Iterable[Entry], keys: list[str], where: 
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    return Progress(
-        console=console, disable=not (console.is_terminal and sys.stderr.isatty()), transient=True
-    )
+    return Progress(console=console, disable=not (console.is_terminal and sys.stderr.isatty()), transient=True)
 
 
 def _write_safetensors(items: Sequence[_Item], folder: Path) -> None:
@@ -214,9 +202,7 @@ def _check_out(out: Path, source: Any, overwrite: bool) -> None:
     if isinstance(source, Path) and out.resolve() == source.resolve():
         raise FP4ValueError(f"output {str(out)!r} is the model's own folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FP4ValueError(
-            f"output folder {str(out)!r} is not empty; pass overwrite=True to replace its files"
-        )
+        raise FP4ValueError(f"output folder {str(out)!r} is not empty; pass overwrite=True to replace its files")
 
 
 def _publish(new: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 import torch
@@ -42,6 +42,9 @@ GEMM_OPS: Mapping[Any, GemmOp] = {
     aten.bmm.default: GemmOp("linear", 0, 1, -1, -2),
     aten._grouped_mm.default: GemmOp("grouped", 0, 1, -1, -2),
 }
+
+# Names of ops of other libraries that hide a GEMM (`transformers.grouped_mm_fallback`): found, so as to be reported.
+_OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
 
 # Ops that move values without changing them: looking through them finds where an operand comes from.
 MOVES = {
@@ -199,6 +202,8 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
     for node in graph.nodes:
         op = GEMM_OPS.get(node.target)
         if op is None:
+            site = _opaque_site(node, flow) if node.op == "call_function" else None
+            sites += [site] if site else []
             continue
         if node not in flow.backward:
             site = _forward_site(node, op, flow)
@@ -236,6 +241,22 @@ def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
     first = "input" if weight is b else "weight"
     parameter = flow.weights[weight]
     return _site(node, op, "forward", first, _path(node, parameter), parameter)
+
+
+def _opaque_site(node: Node, flow: Flow) -> Site | None:
+    """A GEMM inside an op that no pass can open: another library's, by its name, that reads a weight."""
+    namespace = getattr(node.target, "namespace", "aten")
+    if namespace in ("aten", "prims", "fp4compile") or not _OPAQUE_GEMM.search(str(node.target)):
+        return None
+    position = next((i for i, a in enumerate(node.args) if isinstance(a, Node) and a in flow.weights), None)
+    if position is None:
+        return None
+    backward = node in flow.backward
+    parameter = flow.weights[cast(Node, node.args[position])]
+    kind = "grouped" if "grouped" in str(node.target) else "linear"
+    operands = {"grad" if backward else "input": 0, "weight": position}
+    role: Role = "dgrad" if backward else "forward"
+    return Site(node, role, kind, _path(node, parameter), parameter, operands, dict.fromkeys(operands, -1))
 
 
 def _path(node: Node, parameter: str) -> str:
@@ -300,6 +321,8 @@ def _leads_to_gemm(node: Node) -> bool:
 def flops(site: Site) -> int:
     """2 M N K of a GEMM, with the values that symbolic sizes were traced with."""
     out = site.node.meta["val"]
+    if not isinstance(out, torch.Tensor):  # an opaque op with several results
+        return 0
     a_name = min(site.arguments, key=lambda name: site.arguments[name])
     contraction = site.operand(a_name).meta["val"].shape[site.axes[a_name]]
     total = 2

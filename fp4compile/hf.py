@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +118,24 @@ def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     finally:
         hook.remove()
     return model.eval()
+
+
+def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name in the model, by transformers' own table of names that have changed.
+
+    Only renamings: tensors that transformers would merge or split keep their names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    found = {}
+    for name in sorted(names):  # some steps wait for a name that sorts first
+        new = name
+        for step in steps:
+            new = step.rename_source_key(new)[0]
+        found[name] = new
+    return found
 
 
 def write_companions(origin: Any, config: Any, out: Path) -> None:

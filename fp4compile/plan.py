@@ -104,9 +104,7 @@ class _Plan:
         for path, attribute in owners.items():
             kind = type(self.model.get_submodule(path)).__name__
             if kind not in _LINEARS or attribute != "weight":
-                return No(
-                    f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(_LINEARS)}"
-                )
+                return No(f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(_LINEARS)}")
         quantize = _quantize_of(site.operand("weight"))
         args: Any = quantize.args if quantize else (None,)
         if not owners or context.parameters.get(args[0]) != site.parameter:
@@ -148,9 +146,7 @@ def _inputs(model: Any, given: Any) -> dict[str, Any]:
         try:
             inputs = dict(signature.bind(*args).arguments)
         except TypeError as error:
-            raise FP4TypeError(
-                f"example_inputs do not fit {type(model).__name__}.forward: {error}"
-            ) from error
+            raise FP4TypeError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     if "use_cache" in signature.parameters:
         inputs.setdefault("use_cache", False)  # a cache is filled, not read: no GEMM depends on it
     return tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs)
@@ -161,20 +157,18 @@ def _passes() -> list[str]:
     return names[: names.index(_LAST_PASS) + 1]
 
 
-def decide(
-    model: nn.Module, given: Any, recipe: Recipe, strict: bool
-) -> tuple[Report, dict[str, PackedWeight]]:
+def decide(model: nn.Module, given: Any, recipe: Recipe, strict: bool) -> tuple[Report, dict[str, PackedWeight]]:
     """Capture the meta model and let the recipe decide: the report, and packed weights by parameter."""
     plan = _Plan(model)
     report = _capture(model, _inputs(model, given), recipe, plan)
-    report.sites = [_settled(site, plan) for site in report.sites]
+    unread = _unread(model, plan, report)
+    report.sites = [_settled(site, plan) for site in report.sites] + _lost_experts(unread, recipe)
     refused = [site for site in report.sites if site.status == "refused"]
     if refused and strict:
         raise FP4ValueError(_refusal(refused, recipe))
     forward = [spec for rule in recipe.rules if rule.role == "forward" for spec in rule.operands.values()]
     if any(spec.rounding == "stochastic" for spec in forward if spec):
         report.notes.append("stochastic rounding of the recipe's forward rules becomes rounding to nearest")
-    unread = _unread(model, plan, report)
     if unread:
         report.notes.append(f"read by no GEMM found here, stored as they are: {', '.join(unread)}")
     return report, plan.weights
@@ -216,8 +210,22 @@ def _refusal(refused: Sequence[SiteRecord], recipe: Recipe) -> str:
 
 
 def _unread(model: nn.Module, plan: _Plan, report: Report) -> list[str]:
-    """Matrices that no GEMM site reads and that are no embedding: experts in a loop, convolutions, ..."""
+    """Matrices that no GEMM site reads and that are no embedding: convolutions, tables, experts not found."""
     read = {name for site in report.sites for name in plan.tied.get(site.parameter, [site.parameter])}
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     large = (n for n, p in model.named_parameters() if p.dim() > 1 and max(p.shape) != p.numel())
     return [n for n in large if n not in read | tables]
+
+
+def _lost_experts(unread: Sequence[str], recipe: Recipe) -> list[SiteRecord]:
+    """Stacks of experts that the recipe wants and whose GEMMs the capture does not show: not left out in silence."""
+    records = []
+    for name in unread:
+        path = name.rpartition(".")[0]
+        rule = recipe.rule_for(path, "forward")
+        wanted = rule and any(rule.operands.values()) and not (recipe.kept_by(path) or recipe.kept_by(name))
+        if "expert" in path and wanted:
+            reason = "no GEMM that reads these experts was found in the graph"
+            formats: dict[str, str | None] = {"input": None, "weight": None}
+            records.append(SiteRecord(path, "forward", "grouped", "refused", formats, "", reason, name))
+    return records

@@ -11,7 +11,6 @@ from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.markup import escape
 from rich.table import Table
 
 Status = Literal["fp4", "kept", "refused"]

@@ -2,6 +2,8 @@
 
     mm(%x, %w)   # forward layers.0.q_proj: fp4, input hif4, weight hif4
     mm(%h, %w2)  # forward lm_head: kept, output head
+
+A GEMM that the recipe wants in FP4 and that cannot be is refused: an error when strict, else reported.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch.fx import GraphModule
 from fp4compile.backend import No
 from fp4compile.errors import RewriteError
 from fp4compile.formats import FORMATS
-from fp4compile.graph import Site
+from fp4compile.graph import GEMM_OPS, Site
 from fp4compile.pipeline import Context
 from fp4compile.recipe import HEADS, Operand
 
@@ -58,6 +60,8 @@ _REASONS_TO_KEEP = (_head, _glob, _last_blocks)
 
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
     """Why a GEMM that the recipe wants in FP4 cannot be."""
+    if site.node.target not in GEMM_OPS:
+        return f"the op {site.node.target} hides its GEMM from the graph"
     for name, spec in specs.items():
         if spec is None:
             continue

@@ -1,6 +1,6 @@
 """One quantisation per tensor, axis and spec, however many GEMMs read it; and what is kept for the backward.
 
-    q_proj, k_proj and v_proj read one quantised input; a weight in 2-D blocks is quantised once for fprop and dgrad.
+    q_proj, k_proj and v_proj read one quantised input; the tensor scale of a weight serves fprop and dgrad.
 
 A quantisation that only backward GEMMs read is pinned to the backward, so that the partitioner saves the tensor that
 the model saves anyway (or recomputes) and not a second copy of it.

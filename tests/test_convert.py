@@ -248,9 +248,9 @@ def test_example_inputs_may_be_positional(small, tmp_path):
 
 
 def test_inputs_that_the_model_cannot_take_are_named(small, tmp_path):
-    floats = {"input_ids": torch.zeros(1, 4)}
+    words = {"input_ids": "four score and seven"}
     with pytest.raises(FP4ValueError, match="cannot capture Small on the meta device with inputs input_ids"):
-        fp4compile.convert(small(Small), out=tmp_path / "out", example_inputs=floats)
+        fp4compile.convert(small(Small), out=tmp_path / "out", example_inputs=words)
 
 
 def test_training_recipes_count_with_their_forward_rules(small, tmp_path):
@@ -282,6 +282,28 @@ def test_a_shared_weight_under_two_specs_is_an_error(small, tmp_path):
     with pytest.raises(FP4ValueError, match="high precision"):
         plan(made, tmp_path / "out", keep=["first"])
     assert not any(tmp_path.iterdir())
+
+
+class Stack(nn.Module):
+    """Experts that run in a loop over what the router chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 64, 64))
+
+
+class Mixture(Small):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.experts = Stack()
+
+
+def test_experts_without_a_gemm_are_not_left_out_in_silence(small, tmp_path):
+    made = small(Mixture)
+    with pytest.raises(FP4ValueError, match="experts: no GEMM that reads these experts"):
+        plan(made, tmp_path / "out")
+    assert plan(made, tmp_path / "kept", keep=["experts"]).report.count("refused") == 0
+    assert plan(made, tmp_path / "loose", strict=False).report.count("refused") == 1
 
 
 @pytest.mark.parametrize(
@@ -360,12 +382,26 @@ def test_base_model_names_shards_and_extra_tensors(folder, converted, tmp_path):
     fp4compile.load(artifact.path)
 
 
+def test_names_of_old_checkpoints(tmp_path):
+    config = transformers.ViTConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    made = transformers.ViTForImageClassification(config)
+    made.save_pretrained(tmp_path)  # under the names of the time when the architecture was new
+    assert not set(from_folder(tmp_path)) <= set(made.state_dict())
+    meta = hf.meta_model(type(made), config, torch.float32)
+    items = CONVERT._match(meta, {}, from_folder(tmp_path), "here")
+    assert {i.name for i in items} == set(made.state_dict())
+    assert all(torch.equal(i.entry.read(), made.state_dict()[i.name]) for i in items)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.norm.weight": torch.ones(3)}, r"'model\.norm\.weight' has shape \(3,\)"),
         ({"lm_head.weight": torch.zeros(96, 80)}, "ties .* but their values differ"),
-        ({QUERY: torch.zeros(80, 80, dtype=torch.float64)}, r"of dtype torch\.float64; allowed: fp32, bf16, fp16"),
+        (
+            {QUERY: torch.zeros(80, 80, dtype=torch.float64)},
+            r"of dtype torch\.float64 cannot be packed; allowed: fp32, bf16, fp16",
+        ),
     ],
 )
 def test_wrong_checkpoints(saved, tmp_path, changes, message):

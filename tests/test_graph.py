@@ -260,6 +260,7 @@ ACTIVATIONS: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "Gram matrix of the layer's input": lambda m, x: m.b(m.a(x)) + (x @ x.T).sum(),
     "Gram matrix within": lambda m, x: m.b((y := m.a(x)) + (y @ y.T).sum()),
     "values that are the layer's input": lambda m, x: m.b(m.a(x) @ x.T @ x),
+    "Gram matrix within, shaped like a weight": lambda m, x: m.b(y := m.a(torch.cat([x] * 8))) + (y @ y.T).sum(),
     "outer product": lambda m, x: m.b(m.a(x)) + torch.outer(x[0], x[1])[:8],
 }
 
@@ -440,6 +441,31 @@ def test_merging_adds_graphs_and_replaces_records_of_the_same_gemm() -> None:
     assert found == [("b", "forward", 2), ("a", "forward", 3), ("a", "dgrad", 0)]
     assert (first.notes, first.graphs, first.weight_bytes) == (["n", "m"], 3, (24, 6))
     assert first.pass_seconds == {"fuse": 3.0, "fold": 1.0}
+
+
+@torch.library.custom_op("somelib::grouped_mm_opaque", mutates_args=())
+def grouped_mm_opaque(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight
+
+
+@grouped_mm_opaque.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def test_a_gemm_hidden_in_an_op_of_another_library_is_reported() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.somelib.grouped_mm_opaque(x, self.experts)
+
+    (site,) = fp4compile.explain(Hidden(), torch.randn(4, 16), "hif4-plain").sites
+    assert (site.kind, site.role, site.status, site.parameter) == ("grouped", "forward", "refused", "experts")
+    assert "somelib.grouped_mm_opaque" in site.reason
+    assert site.flops == 2 * 4 * 16 * 8
 
 
 def test_merging_keeps_sites_of_other_parameters_at_one_path() -> None:

@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule
 
 from fp4compile.aot import decompositions
 from fp4compile.backend import Backend, Rewrite, install_kernels
-from fp4compile.backends.inductor.cpu import KERNELS, prebuild
+from fp4compile.backends import triton
+from fp4compile.backends.inductor import cpu
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
 
 
@@ -44,7 +45,7 @@ class InductorBackend(Backend):
 
     name = "inductor"
     doc = "the default: torch's Inductor on CPU and CUDA, FP4 codecs as opaque kernels"
-    kernels = KERNELS
+    kernels = cpu.KERNELS + triton.KERNELS
 
     def compile(
         self,
@@ -54,7 +55,8 @@ class InductorBackend(Backend):
         context: Context,
         mode: str | None = None,
     ) -> Callable[..., Any]:
-        prebuild()  # the kernels' C compiler runs beside AOTAutograd's tracing
+        if context.device == "cpu":
+            cpu.prebuild()  # the C compiler runs beside AOTAutograd's tracing
         install_kernels(self.name)
         joint_pass = _JointPass(rewrite, fingerprint(context, default_pipeline()))
         patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": joint_pass}

@@ -59,13 +59,12 @@ def _place(lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def _elements(
-    lane, k, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr
-):
-    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [LOW, K // LOW, L]."""
+def _elements(lane, k, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr):
+    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [K // LOW, LOW, L]."""
     if COLUMNS:
         lane += EVERY * tl.arange(0, L // EVERY)[None, None, :]
-        k += tl.arange(0, LOW)[:, None, None] + LOW * tl.arange(0, K // LOW)[None, :, None]
+        # Threads go to the last dimension, then to the first: the middle one is left to a thread's registers.
+        k += LOW * tl.arange(0, K // LOW)[:, None, None] + tl.arange(0, LOW)[None, :, None]
     else:
         lane += tl.arange(0, L)[:, None]
         k += EVERY * tl.arange(0, K // EVERY)[None, :]
@@ -85,7 +84,7 @@ def _index(batch, lane, k, lanes, size, COLUMNS: tl.constexpr):
 def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile as `_elements` orders it -> [L, K]."""
     if COLUMNS:
-        x = tl.permute(x, (2, 1, 0)).reshape([L, K])
+        x = tl.permute(x, (2, 0, 1)).reshape([L, K])
     return x
 
 
@@ -93,7 +92,7 @@ def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
 def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `_to_lanes`."""
     if COLUMNS:
-        x = tl.permute(x.reshape([L, K // LOW, LOW]), (2, 1, 0))
+        x = tl.permute(x.reshape([L, K // LOW, LOW]), (1, 2, 0))
     return x
 
 
@@ -114,10 +113,7 @@ def _load(
     """A tile [L, K] in fp32; zeros past the edges."""
     lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
     pointers = x_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
-    if EVEN:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=(lane < lanes) & (k < size), other=0.0)
+    x = tl.load(pointers) if EVEN else tl.load(pointers, mask=(lane < lanes) & (k < size), other=0.0)
     return _to_lanes(x.to(tl.float32), L, K, COLUMNS)
 
 
@@ -149,15 +145,15 @@ def _store(
 
 
 @triton.jit
-def _philox(counter, seed, stream, WIDE: tl.constexpr):
-    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, stream)."""
+def _philox(counter, seed, counter_stream, WIDE: tl.constexpr):
+    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, counter_stream)."""
     c0 = counter.to(tl.uint32)
     c1 = tl.zeros_like(c0)
     if WIDE:
         c1 = (counter >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0) + (seed >> 32).to(tl.uint32)
     c3 = tl.zeros_like(c0)
-    k0, k1 = seed.to(tl.uint32), stream.to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), counter_stream.to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
         # A 64-bit product of 32-bit factors is one instruction.
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -183,7 +179,7 @@ def _uniform(
     lanes,
     size,
     seed_ptr,
-    stream,
+    counter_stream,
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
@@ -194,10 +190,10 @@ def _uniform(
     """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
     lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 4 if ALIGNED else 1)
     index = _index(batch, lane, k, lanes, size, COLUMNS)
-    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), stream, WIDE)
+    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
         words = _in_turn(w0, w1, w2, w3)
-        words = words.reshape([LOW, K // LOW, L]) if COLUMNS else words.reshape([L, K])
+        words = words.reshape([K // LOW, LOW, L]) if COLUMNS else words.reshape([L, K])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
@@ -209,13 +205,10 @@ def _uniform(
 
 
 @triton.jit
-def _signs(seed_ptr, stream, SIZE: tl.constexpr):
+def _signs(seed_ptr, counter_stream, SIZE: tl.constexpr):
     """The sign bits of the transform, int32 [SIZE]."""
-    if seed_ptr is None:
-        seed = tl.full([], 0, tl.int64)
-    else:
-        seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = _philox(tl.arange(0, SIZE // 4), seed, stream, False)
+    seed = tl.full([], 0, tl.int64) if seed_ptr is None else tl.load(seed_ptr)
+    w0, w1, w2, w3 = _philox(tl.arange(0, SIZE // 4), seed, counter_stream, False)
     return _in_turn(w0, w1, w2, w3).reshape([SIZE]).to(tl.int32, bitcast=True) & _SIGN
 
 
@@ -223,7 +216,7 @@ def _signs(seed_ptr, stream, SIZE: tl.constexpr):
 def _hadamard(
     x,
     seed_ptr,
-    stream,
+    counter_stream,
     L: tl.constexpr,
     K: tl.constexpr,
     SIZE: tl.constexpr,
@@ -231,7 +224,7 @@ def _hadamard(
     FACTOR: tl.constexpr,
 ):
     """Signs, butterflies with strides 1, 2, 4, …, one multiply, on runs of SIZE of [L, K]."""
-    bits = _bits(x).reshape([L, K // SIZE, SIZE]) ^ _signs(seed_ptr, stream, SIZE)[None, None, :]
+    bits = _bits(x).reshape([L, K // SIZE, SIZE]) ^ _signs(seed_ptr, counter_stream, SIZE)[None, None, :]
     for step in tl.static_range(LOG2):
         bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
         # The other of a pair without a copy through memory: xor of both, xor this one.
@@ -275,10 +268,8 @@ def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.const
         one = tl.div_rn(1.0, ts)
     scale = tl.minimum(tl.maximum(scale, 0.015625), 448.0)  # a normal E4M3 number: only the mantissa is rounded
     bits = _bits(scale)
-    if TRUNCATION_FREE:
-        rounded = (bits + 0xFFFFF) >> 20
-    else:
-        rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    up = 0xFFFFF if TRUNCATION_FREE else 0x7FFFF + ((bits >> 20) & 1)
+    rounded = (bits + up) >> 20
     scale = _float(rounded << 20)
     return mag * tl.div_rn(one, scale)[:, :, None], scale[:, :, None], rounded - 960
 
@@ -477,7 +468,7 @@ def _quantise(
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["up_from", "k_max", "stream", "sign_stream"])
+@triton.jit(do_not_specialize=["up_from", "k_max", "counter_stream", "sign_stream"])
 def fake_quantize(
     x_ptr,
     y_ptr,
@@ -487,7 +478,7 @@ def fake_quantize(
     lanes,
     size,
     padded,
-    stream,
+    counter_stream,
     sign_stream,
     up_from,
     k_max,
@@ -520,7 +511,7 @@ def fake_quantize(
         x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
     u = x
     if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
     NB: tl.constexpr = K // BLOCK
     q, scale, _, bad = _quantise(
         x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
@@ -534,7 +525,7 @@ def fake_quantize(
     _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
 
 
-@triton.jit(do_not_specialize=["up_from", "k_max", "stream", "sign_stream"])
+@triton.jit(do_not_specialize=["up_from", "k_max", "counter_stream", "sign_stream"])
 def quantize(
     x_ptr,
     codes_ptr,
@@ -546,7 +537,7 @@ def quantize(
     size,
     padded,
     blocks,
-    stream,
+    counter_stream,
     sign_stream,
     up_from,
     k_max,
@@ -579,7 +570,7 @@ def quantize(
         x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
     u = x
     if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
     NB: tl.constexpr = K // BLOCK
     q, _, stored, bad = _quantise(
         x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
@@ -673,13 +664,15 @@ def amax(
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def tensor_scale(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr):
     """The tensor scale from the maxima of all tiles, in one program."""
     at = tl.arange(0, CHUNK)
     most = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, count, CHUNK):
+    start = 0
+    while start < count:  # not range(): Triton's interpreter cannot count to a tensor under numpy 2.4
         most = tl.maximum(most, tl.load(partial_ptr + start + at, start + at < count, 0))
+        start += CHUNK
     amax = _float(tl.max(most, axis=0))
     scale = tl.maximum(tl.div_rn(amax, TOP), LEAST)
     tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))

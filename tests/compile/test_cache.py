@@ -30,6 +30,7 @@ def _model() -> nn.Module:
     return build(lambda: nn.Sequential(nn.Linear(70, 16)))
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_changes_the_graph_in_one_process() -> None:
     with fresh_cache():
         for format in ("mxfp4", "hif4", "mxfp4"):

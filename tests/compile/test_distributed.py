@@ -100,9 +100,7 @@ def _train(rank: int, folder: str, kind: str, recipe: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp buckets", "fsdp"])
-@pytest.mark.parametrize(
-    ("recipe", "backend"), [("hif4", "reference"), ("mxfp4", "reference"), ("mxfp4", "inductor")]
-)
+@pytest.mark.parametrize(("recipe", "backend"), [("hif4", "reference"), ("mxfp4", "reference"), ("mxfp4", "inductor")])
 def test_gradients_are_the_mean_over_ranks(kind: str, recipe: str, backend: str, tmp_path: Path) -> None:
     mp.spawn(_train, (str(tmp_path), kind, recipe, backend), nprocs=WORLD)
 

@@ -45,7 +45,7 @@ SHAPES = ([13, 9, 21, 1, 0, 9, 2], [4, 5, 6, 7], [1, 0, 1, 0])
     ("ours", "theirs"),
     [("reference", "aot_eager"), pytest.param("inductor", "inductor", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokens", SHAPES, ids=str)
 def test_no_more_graphs_than_bf16(tokens: list[int], dynamic: bool | None, ours: str, theirs: str) -> None:
     model = build(lambda: Mlp(32, 16, 16, 8))
@@ -72,7 +72,7 @@ def test_no_more_graphs_than_bf16_in_a_llama_block(dynamic: bool | None, recipe:
     ("backend", "recipe"),
     [
         ("reference", "hif4-plain"),
-        ("reference", "nvfp4"),
+        pytest.param("reference", "nvfp4", marks=pytest.mark.slow),
         pytest.param("inductor", "hif4-plain", marks=pytest.mark.slow),
         pytest.param("inductor", "nvfp4-plain", marks=pytest.mark.slow),
     ],
@@ -157,7 +157,7 @@ class _Checkpointed(Stack):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe", ["hif4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["mxfp4", *(pytest.param(r, marks=pytest.mark.slow) for r in ("hif4", "nvfp4"))])
 def test_checkpointing_recomputes_the_same_bits(recipe: str, backend: str) -> None:
     """Stochastic rounding too: its seed is a value of the graph, and streams belong to tensors."""
     x = randn(13, 64)
@@ -169,7 +169,7 @@ def test_checkpointing_recomputes_the_same_bits(recipe: str, backend: str) -> No
     assert statuses() == roles
 
 
-@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_checkpointing_of_the_forward_with_stochastic_rounding(recipe: str) -> None:
     """A recipe that rounds the recomputed operands themselves: input and weight of the forward."""
     from fp4compile.recipe import Operand, Recipe, Rule
@@ -263,7 +263,7 @@ def test_what_breaks_the_graph_still_trains_and_is_reported(custom: bool) -> Non
     assert fp4compile.last_report().graphs == (1 if custom else 2)
 
 
-@pytest.mark.parametrize("recipe", ["hif4-plain", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["nvfp4", pytest.param("hif4-plain", marks=pytest.mark.slow)])
 def test_a_compiled_function_that_calls_a_model(recipe: str) -> None:
     model, x = build(lambda: Stack(depth=4)), randn(13, 64)
 

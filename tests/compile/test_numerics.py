@@ -51,7 +51,7 @@ def test_plain_recipes_are_fp4_autograd(format: str, name: str, backend: str) ->
     assert set(statuses().values()) == {"fp4"}
 
 
-@pytest.mark.parametrize("format", ["hif4", "nvfp4"])
+@pytest.mark.parametrize("format", ["hif4", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_inductor_on_the_mlp(format: str) -> None:
     """The fast part of the above for the default backend, chosen by its name "auto"."""
     model, x = _case("mlp")
@@ -61,7 +61,7 @@ def test_inductor_on_the_mlp(format: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("mlp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_bf16_and_autocast(format: str, name: str, autocast: bool, backend: str) -> None:
     """bf16 operands hold codes times block scales exactly; NVFP4's tensor scale multiplies the fp32 accumulator.
@@ -115,7 +115,7 @@ def _stochastic(format: str, backend: str = "reference") -> tuple[torch.nn.Modul
     return model, x, compiled(model, format, backend)
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("format", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_stochastic_gradients_have_the_right_mean(format: str) -> None:
     """Errors of independent steps average out: over n steps the error shrinks by sqrt(n), to that factor itself.
 
@@ -134,7 +134,7 @@ def test_stochastic_gradients_have_the_right_mean(format: str) -> None:
         assert 0.6 < mean * len(values) ** 0.5 / single < 1.5, name
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("format", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_the_global_seed_decides_stochastic_rounding(format: str) -> None:
     model, x, fp4 = _stochastic(format)
     first, again, other = (step(fp4, x, seed) for seed in (1, 1, 2))

@@ -59,7 +59,16 @@ def test_strict_names_module_reason_and_remedy() -> None:
     with pytest.raises(RewriteError) as caught:
         model(randn(13, 64))
     message = str(caught.value)
-    for part in ("'hif4'", "dgrad", "'narrow'", "test_options.py:", "size 64", "10 features", "keep=['narrow']", "strict=False"):
+    for part in (
+        "'hif4'",
+        "dgrad",
+        "'narrow'",
+        "test_options.py:",
+        "size 64",
+        "10 features",
+        "keep=['narrow']",
+        "strict=False",
+    ):
         assert part in message
 
 

@@ -118,9 +118,7 @@ def test_bad_numbers_and_options_are_refused(pretrain: ModuleType, arguments: li
 
 def test_two_recipes_of_one_name_are_refused(pretrain: ModuleType, tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
-    own.write_text(
-        'name = "hif4"\n[[rule]]\nrole = "forward"\ninput = {format = "hif4"}\nweight = {format = "hif4"}\n'
-    )
+    own.write_text('name = "hif4"\n[[rule]]\nrole = "forward"\ninput = {format = "hif4"}\nweight = {format = "hif4"}\n')
     with pytest.raises(pretrain.BadInput, match="two different recipes are named 'hif4'"):
         pretrain.resolve_recipes(["hif4", str(own)])
     assert [recipe.name for recipe in pretrain.resolve_recipes(["hif4", "bf16", "hif4"])] == ["hif4"]
@@ -134,9 +132,7 @@ def test_interruption_leaves_no_file(
 
     monkeypatch.setattr(pretrain, "train", train)
     assert (
-        pretrain.main(
-            ["--device", "cpu", "--text", str(text), "--sequence", "32", "--out", str(tmp_path / "out")]
-        )
+        pretrain.main(["--device", "cpu", "--text", str(text), "--sequence", "32", "--out", str(tmp_path / "out")])
         == 130
     )
     assert not list((tmp_path / "out").iterdir())
@@ -157,9 +153,7 @@ def test_batches_are_a_function_of_the_seed(pretrain: ModuleType, text: Path) ->
     tokens = pretrain.read_text(text, 32).train
 
     def read(seed: int) -> torch.Tensor:
-        return torch.stack(
-            list(pretrain.batches(tokens, Namespace(seed=seed, steps=3, batch=4, sequence=32)))
-        )
+        return torch.stack(list(pretrain.batches(tokens, Namespace(seed=seed, steps=3, batch=4, sequence=32))))
 
     assert read(0).shape == (3, 4, 33)
     assert torch.equal(read(0), read(0)) and not torch.equal(read(0), read(1))
@@ -192,7 +186,7 @@ def test_smooth_and_spread(pretrain: ModuleType) -> None:
 
 def test_table_figure_and_data(pretrain: ModuleType) -> None:
     arms, options = made_up(pretrain, ["hif4", "mxfp4"])
-    console = Console(record=True, width=100)
+    console = Console(record=True, width=80)
     console.print(pretrain.result_table(arms))
     lines = console.export_text()
     assert all(word in lines for word in ("BF16", "HiF4", "MXFP4", "gap to", "2.00×"))
@@ -222,9 +216,7 @@ def test_a_run_of_few_steps_can_be_drawn(pretrain: ModuleType, steps: int) -> No
 
 
 @pytest.mark.slow
-def test_a_small_run(
-    pretrain: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_small_run(pretrain: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = [
         *SMALL,

@@ -88,7 +88,7 @@ FUSED = {
     ),
     "packed weight in 2-D blocks": (
         lambda x, c, s: x @ decode(c, s, tiles=True).permute(1, 0),
-        (X, *OPS["quantize"].reference(randn(32, 64, seed=1), "mxfp4", 1, block_2d=True)),
+        (X, *OPS["quantize"].reference(randn(96, 64, seed=1), "mxfp4", 1, block_2d=True)),
         "mm",
     ),
 }

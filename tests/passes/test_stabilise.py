@@ -62,9 +62,8 @@ SPECS = {"SR": (NEAREST, SR), "RHT": (RHT, RHT), "SR + RHT": (RHT, SR_RHT), "2-D
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_gemm_by_hand(x_spec: Operand, w_spec: Operand, dtype: torch.dtype) -> None:
     recipe = forward_recipe(input=x_spec, weight=w_spec)
-    captured = trace(
-        lambda x, w: x @ w, randn(5, 64, dtype=dtype), randn(64, 32, dtype=dtype), recipe=recipe, parameters="w"
-    ).until("stabilise")
+    x, w = randn(5, 64, dtype=dtype), randn(64, 96, dtype=dtype)  # several tiles along both axes
+    captured = trace(lambda x, w: x @ w, x, w, recipe=recipe, parameters="w").until("stabilise")
     inputs = captured.inputs()
     operands = []
     for stream, (tensor, spec, axis) in enumerate(zip(inputs, (x_spec, w_spec), (1, 0), strict=True)):

@@ -1,0 +1,418 @@
+"""The Triton kernels against the ops' references: on a GPU, in Triton's interpreter, and compiled for a GPU.
+
+Without a GPU the interpreter runs some of the ops' samples and every kind of kernel is compiled for sm_90. Without
+Triton what is left is that each kernel says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4compile.backend import Answer, Kernel, No, Yes
+from fp4compile.backends import triton as table
+from fp4compile.backends.triton import launch
+from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
+from fp4compile.ops import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {kernel.op: kernel for kernel in table.KERNELS}
+NAMES = ("hif4", "mxfp4", "nvfp4")
+SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def arguments(op: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of an op by name, as the dispatcher hands them to a kernel."""
+    bound = inspect.signature(OPS[op].reference).bind(**sample)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def moved(sample: Mapping[str, Any], device: str) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Equal bits; NaN where NaN is expected, whatever its payload."""
+    if isinstance(expected, tuple):
+        for g, e in zip(got, expected, strict=True):
+            assert_same(g, e)
+        return
+    got = got.cpu()
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert got.is_contiguous()
+    if got.is_floating_point():
+        assert torch.equal(got.isnan(), expected.isnan())
+        got, expected = got.masked_fill(expected.isnan(), 0), expected.masked_fill(expected.isnan(), 0)
+    bits = _BITS[got.element_size()]
+    assert torch.equal(got.view(bits), expected.contiguous().view(bits))
+
+
+def samples(op: str, format: str | None = None) -> Iterator[Mapping[str, Any]]:
+    """The op's samples of the built-in formats."""
+    wanted = NAMES if format is None else (format,)
+    return (sample for sample in OPS[op].samples() if sample["format"] in wanted)
+
+
+def check(op: str, **sample: Any) -> None:
+    """The kernel takes the sample on the GPU and agrees with the reference on the CPU."""
+    given = arguments(op, sample)
+    on_gpu = moved(given, "cuda")
+    assert KERNELS[op].supports(on_gpu) == Yes()
+    assert_same(KERNELS[op].run(**on_gpu), OPS[op].reference(**given))
+
+
+class TestOnGpu:
+    pytestmark = needs_gpu
+
+    # In parts, so that several processes can share the compiling.
+    @pytest.mark.parametrize("part", range(6))
+    @pytest.mark.parametrize("format", NAMES)
+    @pytest.mark.parametrize("op", KERNELS)
+    def test_every_sample_has_the_references_bits(self, op: str, format: str, part: int) -> None:
+        for sample in islice(samples(op, format), part, None, 6):
+            check(op, **sample)
+
+    @pytest.mark.parametrize("options", range(8))
+    @pytest.mark.parametrize("format", NAMES)
+    @pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+    def test_large_tensors(self, format: str, dtype: torch.dtype, options: int) -> None:
+        chosen = OPTIONS[options]
+        if chosen.get("block_2d") and FORMATS[format].block_2d is None:
+            pytest.skip("no 2-D blocks")
+        for x in large(dtype):
+            scale = OPS["tensor_scale"].reference(x, format) if FORMATS[format].has_tensor_scale else None
+            for axis in (x.dim() - 2, x.dim() - 1):
+                sample = {"x": x, "format": format, "axis": axis, "tensor_scale": scale, **chosen}
+                check("fake_quantize", **sample)
+                check("quantize", **sample)
+                if "hadamard" in chosen:
+                    continue
+                codes, scales = OPS["quantize"].reference(**sample)
+                packed = {"codes": codes, "scales": scales, "tensor_scale": scale, "format": format, "axis": axis}
+                square = chosen.get("block_2d", False)
+                check("dequantize", **packed, size=x.shape[axis], block_2d=square, dtype=dtype)
+
+    def test_every_stored_scale_decodes_alike(self) -> None:
+        for format, count in (("mxfp4", 256), ("nvfp4", 256), ("hif4", 4096)):
+            fmt = FORMATS[format]
+            scales = torch.arange(count).mul(1 if count == 256 else 1048575).to(torch.int32).to(fmt.scale_dtype)
+            codes = torch.arange(0, 256).to(torch.uint8).repeat(count)[: count * fmt.block // 2]
+            packed = {"codes": codes.view(count, -1), "scales": scales[:, None], "tensor_scale": None}
+            for dtype in launch.DTYPES:
+                options = {"format": format, "axis": 1, "size": fmt.block, "block_2d": False, "dtype": dtype}
+                check("dequantize", **packed, **options)
+
+    @pytest.mark.parametrize("format", NAMES)
+    def test_every_bf16_value_rounds_alike(self, format: str) -> None:
+        x = torch.arange(2**16).to(torch.int32).to(torch.int16).view(torch.bfloat16)
+        lanes = torch.stack((x, x.roll(1), torch.full_like(x, 3.0)), dim=1).repeat_interleave(22, 1)[:, :64]
+        for rule in FORMATS[format].scale_rules:
+            check("quantize", x=lanes.contiguous(), format=format, axis=1, scale_rule=rule)
+
+    def test_more_than_2_31_elements(self) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        if free < 14 * 2**30:
+            pytest.skip("needs 14 GiB of GPU memory")
+        x = torch.zeros(2**16 + 64, 2**15, dtype=torch.bfloat16, device="cuda")
+        x[-64:, -64:] = torch.randn(64, 64).to("cuda", torch.bfloat16)
+        for axis in (0, 1):
+            y = KERNELS["fake_quantize"].run(**arguments("fake_quantize", {"x": x, "format": "mxfp4", "axis": axis}))
+            expected = OPS["fake_quantize"].reference(x[-64:, -64:].cpu(), "mxfp4", axis)
+            assert_same(y[-64:, -64:].contiguous(), expected)
+            del y
+
+    def test_the_ops_run_the_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import fp4compile
+
+        ran: list[str] = []
+        run = launch.run
+        monkeypatch.setattr(launch, "run", lambda each, device: (ran.append(each.kernel), run(each, device)))
+        x = torch.randn(64, 128)
+        got = fp4compile.fake_quantize(x.cuda(), "nvfp4", axis=0)
+        assert_same(got, fp4compile.fake_quantize(x, "nvfp4", axis=0))
+        assert ran == ["amax", "tensor_scale", "fake_quantize"]
+
+    @pytest.mark.parametrize("added", range(2))
+    def test_other_rows_of_the_format_table(self, added: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        fmt = list(CUSTOM.values())[added]
+        monkeypatch.setattr(FORMATS, "_rows", {**FORMATS._rows, fmt.name: fmt})
+        x = next(large(torch.float32))
+        for axis in (0, 1):
+            for rule in fmt.scale_rules:
+                check("fake_quantize", x=x, format=fmt.name, axis=axis, scale_rule=rule)
+                stochastic = {"rounding": "stochastic", "seed": SEED, "scale_rule": rule}
+                check("quantize", x=x, format=fmt.name, axis=axis, **stochastic)
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"scale_rule": "truncation-free"},
+    {"rounding": "stochastic", "seed": SEED, "stream": 2**32 - 1, "scale_rule": "truncation-free"},
+    {"rounding": "stochastic", "seed": SEED, "stream": 3},
+    {"hadamard": 32, "sign_seed": SEED},
+    {"hadamard": 128, "rounding": "stochastic", "seed": SEED},
+    {"block_2d": True},
+    {"block_2d": True, "hadamard": 16, "rounding": "stochastic", "seed": SEED},
+)
+
+
+def large(dtype: torch.dtype) -> Iterator[Tensor]:
+    """Several tiles, wide in range, a few values not finite: ragged, whole, and in batches."""
+    for shape in ((141, 261), (192, 256), (3, 65, 72)):
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(shape, generator=generator)
+        x *= torch.randn(*shape[:-1], 1, generator=generator).mul(2).exp()
+        flat = x.flatten(0, -2)
+        flat[5, 7], flat[130, 60], flat[17, 20:70] = float("nan"), float("-inf"), 0.0
+        flat[40:48] *= 1e-39
+        yield x.to(dtype)
+
+
+# --- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def check_interpreted(op: str, sample: Mapping[str, Any]) -> None:
+    """The kernel on CPU tensors; only where Triton was imported with TRITON_INTERPRET=1."""
+    given = arguments(op, sample)
+    assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
+
+
+def interpret(every: int) -> None:
+    """Every n-th sample of every op."""
+    for number, op in enumerate(KERNELS):
+        for sample in islice(samples(op), number, None, every):
+            check_interpreted(op, sample)
+
+
+def _interpret_apart(every: int) -> None:
+    # Triton decides when it is imported whether it compiles or interprets.
+    code = f"from tests.backends.test_triton_kernels import interpret; interpret({every})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_triton
+def test_the_interpreter_has_the_references_bits() -> None:
+    _interpret_apart(61)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_interpreter_has_the_references_bits_on_every_sample() -> None:
+    _interpret_apart(1)
+
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def compiled(planned: launch.Launch) -> str:
+    """The PTX of a launch for sm_90."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(launch._kernels(), planned.kernel)
+    constants = {(kernel.arg_names.index(k),): v for k, v in planned.constants.items()}
+    signature, attributes = dict.fromkeys(planned.constants, "constexpr"), {}
+    for name, value in planned.arguments.items():
+        at = (kernel.arg_names.index(name),)
+        if value is None:
+            signature[name], constants[at] = "constexpr", None
+        elif isinstance(value, Tensor):
+            signature[name], attributes[at] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
+    options = {"num_warps": planned.num_warps, "enable_fp_fusion": False}
+    result = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert result.asm["cubin"]
+    return result.asm["ptx"]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def quantizing(x: Tensor, format: str, axis: int, **options: Any) -> list[launch.Launch]:
+    """The launches of `fake_quantize` and `quantize`, on tensors without data."""
+    scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
+    sample = moved({"x": x, "format": format, "axis": axis, "tensor_scale": scale, **options}, "meta")
+    fake, packed = arguments("fake_quantize", sample), arguments("quantize", sample)
+    return [launch.plan_fake_quantize(**fake)[0], launch.plan_quantize(**packed)[0]]
+
+
+def decoding(format: str, axis: int) -> list[launch.Launch]:
+    codes, scales = OPS["quantize"].fake(meta(256, 512), format, axis)
+    return [launch.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[0]]
+
+
+def scaling(axis: int, hadamard: int) -> list[launch.Launch]:
+    return list(launch.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0])
+
+
+COMPILED: dict[str, Callable[[], list[launch.Launch]]] = {
+    "hif4 rows": lambda: quantizing(meta(256, 512), "hif4", 1),
+    "hif4 columns": lambda: quantizing(meta(256, 512), "hif4", 0, **OPTIONS[2]),
+    "mxfp4 columns": lambda: quantizing(meta(256, 512, dtype=torch.float32), "mxfp4", 0),
+    "mxfp4 rows, ragged": lambda: quantizing(meta(3, 70, dtype=torch.float16), "mxfp4", 1, **OPTIONS[3]),
+    "nvfp4 rows, Hadamard": lambda: quantizing(meta(256, 512), "nvfp4", 1, hadamard=16),
+    "nvfp4 squares": lambda: quantizing(meta(256, 512), "nvfp4", 0, block_2d=True),
+    "decoding": lambda: [*decoding("hif4", 1), *decoding("nvfp4", 0)],
+    "tensor scale": lambda: [*scaling(0, 0), *scaling(0, 16)],
+    "64-bit offsets": lambda: quantizing(meta(2**16 + 64, 2**15), "mxfp4", 0)[:1],
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("launches", COMPILED.values(), ids=COMPILED)
+def test_compiles_for_sm_90_without_approximations(launches: Callable[[], list[launch.Launch]]) -> None:
+    for planned in launches():
+        ptx = compiled(planned)
+        for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
+            assert inexact not in ptx
+        # One fused multiply-add is written, with an exact product.
+        assert "fma.rn" not in ptx or planned.constants["ELEMENT"] == "even"
+
+
+def test_offsets_are_wide_only_where_they_must_be() -> None:
+    for axis in (0, 1):
+        (fake, packed) = quantizing(meta(2**16 + 64, 2**15), "hif4", axis)
+        assert fake.constants["WIDE"]
+        assert packed.constants["WIDE"]
+        (fake, packed) = quantizing(meta(2**14, 2**15), "hif4", axis)
+        assert not fake.constants["WIDE"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "block_2d", "expected"),
+    [
+        ((6, 128), 1, False, launch.Geometry(1, 12, 64, 64, False)),
+        ((6, 70), 1, False, launch.Geometry(1, 6, 70, 70, False)),
+        ((2, 70, 3), 1, False, launch.Geometry(2, 3, 70, 70, True)),
+        ((2, 64, 1), 1, False, launch.Geometry(1, 2, 64, 64, False)),
+        ((5, 64, 128), 2, True, launch.Geometry(5, 64, 128, 128, False)),
+        ((5, 64, 128), 1, True, launch.Geometry(5, 128, 64, 64, True)),
+        ((5, 64, 1), 1, True, launch.Geometry(5, 1, 64, 64, True)),
+    ],
+)
+def test_geometry(shape: tuple[int, ...], axis: int, block_2d: bool, expected: launch.Geometry) -> None:
+    assert launch.geometry(shape, axis, 64, 0, block_2d) == expected
+
+
+# --- what they support -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_every_kernel_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for kernel in table.KERNELS:
+        answer = kernel.supports(arguments(kernel.op, next(samples(kernel.op))))
+        assert isinstance(answer, No)
+        assert "Triton is not installed" in answer.reason or "no CUDA device" in answer.reason
+
+
+def test_without_triton_the_answer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    table.available.cache_clear()
+    try:
+        assert table.available() == No("Triton is not installed: pip install 'fp4compile[triton]'")
+    finally:
+        table.available.cache_clear()
+
+
+def test_importing_the_table_does_not_import_the_kernels() -> None:
+    code = "import sys, fp4compile.backends.inductor as i; assert len(i.BACKEND.kernels) >= 10; " + (
+        "assert 'fp4compile.backends.triton.kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers as a machine with a GPU gives them."""
+    monkeypatch.setattr(table, "available", Yes)
+
+
+def _answer(kernel: Kernel, **sample: Any) -> Answer:
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 64, device="cuda") if "x" not in sample else sample.pop("x")
+        return kernel.supports(arguments(kernel.op, {"x": x, "format": "hif4", "axis": 1, **sample}))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_declines_say_why() -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "one of 16, 32, 64, 128": {"hadamard": 512},
+        "without a seed": {"rounding": "stochastic"},
+        "2-D": {"block_2d": True},
+        "not on a CUDA device": {"x": torch.ones(2, 64)},
+    }
+    for word, sample in cases.items():
+        answer = _answer(KERNELS["quantize"], **sample)
+        assert isinstance(answer, No)
+        assert word in answer.reason
+    assert _answer(KERNELS["quantize"], hadamard=64) == Yes()
+
+
+CUSTOM = {
+    "e8m0 over 16, even steps": Format(
+        "triton_test_a", S1P2, (ScaleLevel("e8m0", 16),), torch.uint8,
+        ("floor", "ceil", "even", "rceil", "truncation-free"), {"truncation-free": "rceil"}, 16, "",
+    ),
+    "e4m3 over 128": Format(
+        "triton_test_b", E2M1, (ScaleLevel("e4m3", 128),), torch.uint8,
+        ("nearest", "truncation-free"), {}, None, "",
+    ),
+}  # fmt: skip
+DECLINED = {
+    "round E2M1": Format(
+        "triton_test_c", Element("odd", (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0), "even"),
+        (ScaleLevel("e8m0", 32),), torch.uint8,
+        ("floor", "truncation-free"), {"truncation-free": "rceil"}, None, "",
+    ),
+    "power of two": Format(
+        "triton_test_d", S1P2, (ScaleLevel("e4m3", 48),), torch.uint8,
+        ("nearest", "truncation-free"), {}, None, "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", CUSTOM.values(), ids=CUSTOM)
+def test_other_formats_are_read_from_their_row(fmt: Format) -> None:
+    assert not isinstance(launch.constants_of(fmt), No)
+
+
+@pytest.mark.parametrize(("word", "fmt"), DECLINED.items(), ids=DECLINED)
+def test_declines_a_format_it_cannot_round(word: str, fmt: Format) -> None:
+    answer = launch.constants_of(fmt)
+    assert isinstance(answer, No)
+    assert word in answer.reason
