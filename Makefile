@@ -1,11 +1,14 @@
 # Every target works from a clean checkout: it makes .venv first and installs what it needs there.
-# `make PYTHON=python3.12 test` picks the interpreter of a new .venv; `make PYTEST_ARGS='-k hif4 -n 2' test` adds arguments.
+# `make PYTHON=python3.12 test` picks the interpreter of a new .venv; `make PYTEST_ARGS='-k hif4' test` adds arguments.
 
 PYTHON      ?= python3
 PYTEST_ARGS ?=
+# Worker processes of pytest, one thread each: tests are many and small.
+JOBS        ?= 2
 VENV        := .venv
 PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check
+PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,10 +55,10 @@ bench: $(VENV)/.installed-run
 # --- what to check
 
 test: $(VENV)/.installed-run
-	$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-run
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
 

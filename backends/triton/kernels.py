@@ -146,7 +146,7 @@ def _store(
 
 @triton.jit
 def _philox(counter, seed, counter_stream, WIDE: tl.constexpr):
-    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, counter_stream)."""
+    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, stream)."""
     c0 = counter.to(tl.uint32)
     c1 = tl.zeros_like(c0)
     if WIDE:
@@ -215,6 +215,8 @@ def _signs(seed_ptr, counter_stream, SIZE: tl.constexpr):
 @triton.jit
 def _hadamard(
     x,
+    k,
+    padded,
     seed_ptr,
     counter_stream,
     L: tl.constexpr,
@@ -232,7 +234,9 @@ def _hadamard(
         own = _float(bits)
         second = tl.arange(0, 2)[None, None, :, None] == 1
         bits = _bits(tl.where(second, other - own, own + other))
-    return _float(bits).reshape([L, K]) * FACTOR
+    y = _float(bits).reshape([L, K]) * FACTOR
+    # Past the last run there are sums of signed zeros; a block is filled up with positive ones.
+    return tl.where(k + tl.arange(0, K)[None, :] < padded, y, 0.0)
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -508,7 +512,7 @@ def fake_quantize(
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
     if HADAMARD:
-        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
     u = x
     if STOCHASTIC:
         u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
@@ -567,7 +571,7 @@ def quantize(
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
     if HADAMARD:
-        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
     u = x
     if STOCHASTIC:
         u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
@@ -658,7 +662,7 @@ def amax(
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
     if HADAMARD:
-        x = _hadamard(x, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
     bits = _bits(x) & 0x7FFFFFFF
     bits = tl.where(bits < _INF, bits, 0)
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))

@@ -40,9 +40,16 @@ class Tile:
     low: int
 
 
+# By the scaling of the format's first level and whether the blocked axis is strided.
 # Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
-ROWS = Tile(elements=4096, per_warp=1024, least=64, low=1)
-COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8)
+TILES = {
+    ("e6m2", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
+    ("e8m0", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
+    ("e4m3", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
+    ("e6m2", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
+    ("e8m0", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
+    ("e4m3", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
+}
 
 
 @dataclass(frozen=True)
@@ -210,9 +217,9 @@ def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool
     return Geometry(1, lanes, size, padded, False)
 
 
-def _tile(g: Geometry, run: int, edge: int) -> tuple[int, dict[str, Any], int]:
+def _tile(g: Geometry, scaling: str, run: int, edge: int) -> tuple[int, dict[str, Any], int]:
     """(programs, constants, warps) of a launch over `g` in tiles of whole runs."""
-    tile = COLUMNS if g.columns else ROWS
+    tile = TILES[scaling, g.columns]
     k = run if not g.columns and g.padded == run else max(run, tile.least)
     wanted = max(tile.elements // k, 1)
     lanes = max(min(wanted, _power_of_two(g.lanes)), edge or 1, 8)
@@ -261,7 +268,7 @@ def _quantizing(
     block = constants["BLOCK"]
     edge, run_length = block if block_2d else 0, max(block, hadamard)
     g = geometry(x.shape, axis, run_length, hadamard, block_2d)
-    grid, tile, warps = _tile(g, run_length, edge)
+    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge)
     return Launch(
         kernel,
         grid,
@@ -357,7 +364,7 @@ def plan_dequantize(
     # Codes may hold more blocks than `size` needs: only then lanes keep their length.
     whole = codes.shape[-1] * 2 == size
     g = geometry(shape, axis, block if whole else 2 * codes.shape[-1] + 1, 0, block_2d)
-    grid, tile, warps = _tile(g, block, edge)
+    grid, tile, warps = _tile(g, constants["SCALING"], block, edge)
     blocks = 1 if not g.columns and g.size == block and whole and not block_2d else codes.shape[-1] * 2 // block
     arguments = {
         "codes_ptr": _words(codes),
@@ -378,7 +385,7 @@ def plan_tensor_scale(
     sign_arguments, sign_constants = _transform(hadamard, sign_seed)
     if hadamard:
         g = geometry(x.shape, axis % x.dim(), hadamard, hadamard, False)
-        grid, tile, warps = _tile(g, hadamard, 0)
+        grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, hadamard, 0)
     else:
         n = x.numel()
         g = Geometry(1, 1, n, n, False)

@@ -104,12 +104,13 @@ def test_or_a_reported_fallback(use: Any) -> None:
     assert (found["calls"], found["error to hand"] < 2e-6) == (0, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
         ("broken_import", ["'broken_import'", "fp4compile_tiny.broken:BACKEND", "no_such_vendor_library"]),
-        pytest.param("no_such_name", ["'no_such_name'", "fp4compile_tiny:MISSING", "MISSING"], marks=pytest.mark.slow),
-        pytest.param("not_a_backend", ["'not_a_backend'", "str, not a Backend"], marks=pytest.mark.slow),
+        ("no_such_name", ["'no_such_name'", "fp4compile_tiny:MISSING", "MISSING"]),
+        ("not_a_backend", ["'not_a_backend'", "str, not a Backend"]),
     ],
 )
 def test_a_broken_plugin_is_named(use: Any, name: str, parts: list[str]) -> None:
