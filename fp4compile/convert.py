@@ -46,7 +46,7 @@ class Artifact:
 
     Attributes:
         path: the folder.
-        report: what each GEMM became; `weight_bytes` counts the packed weights before and after.
+        report: what each GEMM became; `weights` counts the bytes of the packed weights before and after.
         bytes_before, bytes_after: bytes of all tensors of the model, and of the written weight file.
     """
 
@@ -157,10 +157,13 @@ def _write_safetensors(items: Sequence[_Item], folder: Path) -> None:
 TARGETS: Mapping[str, Callable[[Sequence[_Item], Path], None]] = {"safetensors": _write_safetensors}
 
 
-def _packed_bytes(items: Iterable[_Item]) -> tuple[int, int]:
-    packed = [item for item in items if item.packed]
-    after = sum(checkpoint.nbytes(*row) for item in packed for row in item.layout().values())
-    return sum(item.entry.nbytes for item in packed), after
+def _packed_bytes(items: Iterable[_Item]) -> dict[str, tuple[int, int]]:
+    """Packed weight -> its bytes in the source and as written."""
+    return {
+        item.name: (item.entry.nbytes, sum(checkpoint.nbytes(*row) for row in item.layout().values()))
+        for item in items
+        if item.packed
+    }
 
 
 def _manifest(
@@ -307,7 +310,7 @@ def convert(
     if not weights:
         report.notes.append("no weight was packed: the recipe keeps every GEMM of this model")
     items = _match(model, weights, given.entries, given.name)
-    report.weight_bytes = _packed_bytes(items)
+    report.weights = _packed_bytes(items)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         new = Path(scratch) / "new"

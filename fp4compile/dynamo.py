@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
 
 from fp4compile import recipe as recipes
@@ -65,16 +67,31 @@ class Ledger:
     def __init__(self) -> None:
         self._session: object = None
         self._reports: list[Report] = []
+        # Dynamo's count of graph breaks by reason, at the last graph of the session before.
+        self._breaks: Counter[str] = Counter()
+        self._latest: Counter[str] = Counter()
 
     def add(self, session: object, report: Report) -> None:
         """Take in a graph's report; another session starts anew."""
         if session is None or session is not self._session:
-            self._session, self._reports = session, []
+            self._session, self._reports, self._breaks = session, [], self._latest
         self._reports.append(report)
+        self._latest = Counter(counters["graph_break"])
 
     def last(self) -> Report | None:
-        """The merged report of the latest session, or None before the first."""
-        return merged(self._reports)
+        """The merged report of the latest session, or None before the first; it names graph breaks."""
+        report = merged(self._reports)
+        if report:
+            report.notes += graph_break_notes(Counter(counters["graph_break"]) - self._breaks)
+        return report
+
+
+def graph_break_notes(breaks: Counter[str]) -> list[str]:
+    """What a report says of graph breaks."""
+    return [
+        f"graph break ({count}x): {reason.splitlines()[0]}; linear layers outside the graphs run as they are"
+        for reason, count in breaks.items()
+    ]
 
 
 _LEDGER = Ledger()

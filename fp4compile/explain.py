@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from fp4compile.aot import decompositions
 from fp4compile.capture import Frame, frame, graph_parameters
-from fp4compile.dynamo import Options, device_type, make_context
+from fp4compile.dynamo import Options, device_type, graph_break_notes, make_context
 from fp4compile.errors import FP4TypeError
 from fp4compile.pipeline import Context, Pass, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
@@ -153,8 +153,7 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _note_what_is_missing(report: Report, model: Any, breaks: Counter[str]) -> None:
     """Name graph breaks, and the linear modules that no graph holds."""
-    for reason, count in breaks.items():
-        report.notes.append(f"graph break ({count}x): {reason.splitlines()[0]}")
+    report.notes += graph_break_notes(breaks)
     if not isinstance(model, nn.Module):
         return
     found = {(s.path, s.parameter) for s in report.sites}

@@ -63,7 +63,7 @@ class Context:
 
     def report(self) -> Report:
         """The ledger of this graph."""
-        before = after = 0
+        weights: dict[str, tuple[int, int]] = {}
         records = []
         for site in self.sites:
             formats = {n: spec.format if spec else None for n, spec in site.specs.items()}
@@ -81,7 +81,7 @@ class Context:
                 )
             )
             if site.role == "forward" and formats.get("weight"):
-                before, after = before + site.weight_bytes[0], after + site.weight_bytes[1]
+                weights[site.parameter] = site.weight_bytes
         return Report(
             self.recipe.name,
             self.backend.name,
@@ -90,7 +90,7 @@ class Context:
             list(self.notes),
             graphs=1,
             pass_seconds=dict(self.seconds),
-            weight_bytes=(before, after),
+            weights=weights,
         )
 
 

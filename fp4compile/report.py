@@ -53,7 +53,7 @@ class Report:
         notes: things a user should know that belong to no single GEMM (graph breaks, capped depths, ...).
         graphs: number of graphs that were compiled.
         pass_seconds: time spent in each pass, summed over graphs.
-        weight_bytes: bytes of the weights of FP4 forward GEMMs as stored by the model, and packed.
+        weights: parameter of each FP4 forward GEMM -> its bytes as the GEMM would read it, and packed.
     """
 
     recipe: str
@@ -63,11 +63,16 @@ class Report:
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
     pass_seconds: dict[str, float] = field(default_factory=dict)
-    weight_bytes: tuple[int, int] = (0, 0)
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def count(self, status: Status) -> int:
         """Number of GEMMs with that status."""
         return sum(site.status == status for site in self.sites)
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Bytes of the weights of FP4 forward GEMMs, in the GEMM's dtype and packed; each weight counts once."""
+        return sum(w[0] for w in self.weights.values()), sum(w[1] for w in self.weights.values())
 
     @property
     def fp4_share(self) -> float:
@@ -82,15 +87,12 @@ class Report:
         self.notes += [note for note in other.notes if note not in self.notes]
         self.graphs += other.graphs
         self.pass_seconds = dict(Counter(self.pass_seconds) + Counter(other.pass_seconds))
-        self.weight_bytes = (
-            self.weight_bytes[0] + other.weight_bytes[0],
-            self.weight_bytes[1] + other.weight_bytes[1],
-        )
+        self.weights |= other.weights
 
     def to_json(self) -> str:
         """The whole report as a JSON object."""
         data = asdict(self)
-        data["fp4_share"] = self.fp4_share
+        data |= {"fp4_share": self.fp4_share, "weight_bytes": self.weight_bytes}
         return json.dumps(data, indent=2)
 
     def to_text(self, width: int = 140) -> str:

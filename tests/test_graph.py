@@ -427,14 +427,15 @@ def test_a_report_survives_json() -> None:
     data = json.loads(before.to_json())
     assert data.pop("fp4_share") == before.fp4_share
     data["sites"] = [SiteRecord(**site) for site in data["sites"]]
-    data["weight_bytes"] = tuple(data["weight_bytes"])
+    assert tuple(data.pop("weight_bytes")) == before.weight_bytes
+    data["weights"] = {name: tuple(both) for name, both in data["weights"].items()}
     assert Report(**data) == before
 
 
 def test_merging_adds_graphs_and_replaces_records_of_the_same_gemm() -> None:
-    first = report(record("a", flops=1), record("b", flops=2), notes=["n"], graphs=1, weight_bytes=(8, 2))
+    first = report(record("a", flops=1), record("b", flops=2), notes=["n"], graphs=1, weights={"a.w": (8, 2)})
     first.pass_seconds = {"fuse": 1.0}
-    second = report(record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, weight_bytes=(16, 4))
+    second = report(record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, weights={"a.w": (8, 2), "b.w": (16, 4)})
     second.pass_seconds = {"fuse": 2.0, "fold": 1.0}
     first.merge(second)
     found = [(s.path, s.role, s.flops) for s in first.sites]

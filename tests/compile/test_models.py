@@ -88,6 +88,8 @@ MODELS: Mapping[str, tuple[Any, Any, Mapping[str, Any], str]] = {
 }
 CACHELESS = {"bert", "vit"}  # have no use_cache
 FAST = {"llama"}
+# Inductor takes up to a minute for one of these; the graphs are the same.
+LOWERED = {"llama", "gpt2", "bert", "whisper"}
 # Mamba asks for the torch version through an lru_cache inside its forward.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
@@ -163,10 +165,11 @@ def _gradients(model: nn.Module, run: Callable[..., Any], inputs: dict[str, Tens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "backend"), [("hif4", "inductor"), ("mxfp4-plain", "reference")])
+@pytest.mark.parametrize("recipe", ["hif4", "mxfp4-plain"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step(name: str, recipe: str, backend: str) -> None:
+def test_a_training_step(name: str, recipe: str) -> None:
     """`hif4` is not strict: a Hadamard transform of 64 does not divide every feature axis of such small models."""
+    backend = "inductor" if recipe == "hif4" and name in LOWERED else "reference"
     model, inputs = _model(name)
     usual = _gradients(model, model, inputs)
     options = {"recipe": recipe, "backend": backend, "strict": recipe != "hif4"}
