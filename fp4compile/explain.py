@@ -72,7 +72,6 @@ class _Explainer:
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return compiler(graph_module, example_inputs)
 
-
     def _named(self, report: Report, where: Frame) -> Report:
         """Paths as the whole model knows them, for a graph that a graph break made start at an inner module."""
         prefix = self.prefixes.get(id(where.root), "")

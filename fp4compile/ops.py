@@ -156,9 +156,7 @@ def _fake_quantize(
     return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
 
 
-def _fake_quantize_fake(
-    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any
-) -> Tensor:
+def _fake_quantize_fake(x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any) -> Tensor:
     return x.new_empty(_transformed_shape(x, axis, args[6] if len(args) > 6 else hadamard))
 
 
@@ -166,9 +164,7 @@ def _hadamard_fake(x: Tensor, axis: int, size: int, seed: Tensor | None = None) 
     return x.new_empty(_transformed_shape(x, axis, size), dtype=torch.float32)
 
 
-def _dense(
-    values: Tensor, scales: Tensor | None, format: str, k: int, block_2d: bool, dtype: torch.dtype
-) -> Tensor:
+def _dense(values: Tensor, scales: Tensor | None, format: str, k: int, block_2d: bool, dtype: torch.dtype) -> Tensor:
     """An operand of `mm` in `dtype`, the contraction axis last."""
     if not format:
         return values.to(dtype)

@@ -181,6 +181,4 @@ def fake_quantize(
     fmt.rule(scale_rule)
     _install_kernels()
     scale = _tensor_scale(x, fmt, tensor_scale)
-    return torch.ops.fp4compile.fake_quantize(
-        x, fmt.name, axis, rounding, scale_rule, block_2d, scale, _seed(seed, x)
-    )
+    return torch.ops.fp4compile.fake_quantize(x, fmt.name, axis, rounding, scale_rule, block_2d, scale, _seed(seed, x))

@@ -33,9 +33,7 @@ NAN_WORD = {"hif4": 0xFF, "mxfp4": 0xFF, "nvfp4": 0x7F}
 ZERO_WORD = {"hif4": 0x00, "mxfp4": 0x00, "nvfp4": 0x08}
 
 
-def quantize(
-    x: Tensor, format: str, axis: int = -1, tensor_scale: Tensor | bool | None = None, **options
-) -> Quantized:
+def quantize(x: Tensor, format: str, axis: int = -1, tensor_scale: Tensor | bool | None = None, **options) -> Quantized:
     """`fp4compile.quantize` on the reference implementation, `stream` included."""
     fmt = FORMATS[format]
     if tensor_scale is False or not fmt.has_tensor_scale:
@@ -46,9 +44,7 @@ def quantize(
         options["seed"] = torch.tensor(options["seed"])
     axis %= x.dim()
     codes, scales = OPS["quantize"].reference(x, format, axis, tensor_scale=tensor_scale, **options)
-    return Quantized(
-        codes, scales, tensor_scale, format, tuple(x.shape), axis, options.get("block_2d", False)
-    )
+    return Quantized(codes, scales, tensor_scale, format, tuple(x.shape), axis, options.get("block_2d", False))
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,9 +129,7 @@ def load(name: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_golden_array_is_compared(name):
     read = {key for file, _, *keys in GOLDEN if file == name for key in keys if key}
-    described = {"kind"} | (
-        {"tensor_scale"} if name == "nvfp4" else set()
-    )  # tensor_scale: test_golden_tensor_scale
+    described = {"kind"} | ({"tensor_scale"} if name == "nvfp4" else set())  # tensor_scale: test_golden_tensor_scale
     assert set(load(name)) == read | described
 
 
@@ -434,9 +428,7 @@ def test_padding_is_invisible(name, block_2d, x, axis):
     padded = torch.zeros(rows, columns)
     padded[: x.shape[0], : x.shape[1]] = x
     p = quantize(padded, name, axis, block_2d=block_2d)
-    same = p.codes.movedim(-1, axis)[
-        : q.codes.movedim(-1, axis).shape[0], : q.codes.movedim(-1, axis).shape[1]
-    ]
+    same = p.codes.movedim(-1, axis)[: q.codes.movedim(-1, axis).shape[0], : q.codes.movedim(-1, axis).shape[1]]
     assert torch.equal(q.codes, same.movedim(axis, -1))
     assert same_bits(dequantize(q), dequantize(p)[: x.shape[0], : x.shape[1]].contiguous())
     # What pads the blocks holds code 0.
@@ -502,9 +494,7 @@ def test_truncation_free_scales_are_the_smallest_that_do_not_saturate(name, rule
     byte = q.scales.to(torch.int64) & 0xFF
     # The largest magnitude under scale 1; hif4's level bits reach four times its element's maximum.
     top = 7.0 if name == "hif4" else fmt.element.max
-    limits = {"hif4": (values[0], values[-1]), "mxfp4": (values[0], values[-1]), "nvfp4": (2.0**-6, 448.0)}[
-        name
-    ]
+    limits = {"hif4": (values[0], values[-1]), "mxfp4": (values[0], values[-1]), "nvfp4": (2.0**-6, 448.0)}[name]
     fits, below = amax <= top * values[byte], amax > top * values[(byte - 1).clamp(min=0)]
     assert (fits | (values[byte] == limits[1])).all()
     assert (below | (values[byte] == limits[0])).all()
@@ -589,9 +579,7 @@ def test_stochastic_rounding_keeps_grid_values_and_never_overruns(element):
         assert codec.round_stochastic(grid, element, torch.tensor(u)).tolist() == list(range(8))
         assert codec.round_stochastic(torch.tensor([element.max * 2]), element, torch.tensor(u)).item() == 7
     just_below = grid[1:] * (1 - 2.0**-24)
-    assert (
-        codec.round_stochastic(just_below, element, torch.tensor(1 - 2.0**-24)).le(torch.arange(1, 8)).all()
-    )
+    assert codec.round_stochastic(just_below, element, torch.tensor(1 - 2.0**-24)).le(torch.arange(1, 8)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -435,7 +435,9 @@ def test_a_report_survives_json() -> None:
 def test_merging_adds_graphs_and_replaces_records_of_the_same_gemm() -> None:
     first = report(record("a", flops=1), record("b", flops=2), notes=["n"], graphs=1, weights={"a.w": (8, 2)})
     first.pass_seconds = {"fuse": 1.0}
-    second = report(record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, weights={"a.w": (8, 2), "b.w": (16, 4)})
+    second = report(
+        record("a", flops=3), record("a", "dgrad"), notes=["n", "m"], graphs=2, weights={"a.w": (8, 2), "b.w": (16, 4)}
+    )
     second.pass_seconds = {"fuse": 2.0, "fold": 1.0}
     first.merge(second)
     found = [(s.path, s.role, s.flops) for s in first.sites]

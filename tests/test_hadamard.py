@@ -83,9 +83,7 @@ def test_axis_strides_and_dtype(axis, dtype):
     y = hadamard(x, axis, 16, seed(4))
     assert y.dtype == torch.float32
     assert y.is_contiguous()
-    assert torch.equal(
-        y, hadamard(x.movedim(axis, -1).contiguous().float(), -1, 16, seed(4)).movedim(-1, axis)
-    )
+    assert torch.equal(y, hadamard(x.movedim(axis, -1).contiguous().float(), -1, 16, seed(4)).movedim(-1, axis))
 
 
 @pytest.mark.parametrize("sign_seed", [None, 1, 2**40])

@@ -135,9 +135,7 @@ def packed_weight(name: str, block_2d: bool) -> tuple[dict[str, object], Tensor]
         "b_block_2d": block_2d,
         "k": 70,
     }
-    return arguments, torch.ops.fp4compile.dequantize(
-        codes, scales, scale, name, 1, 70, block_2d, torch.float32
-    )
+    return arguments, torch.ops.fp4compile.dequantize(codes, scales, scale, name, 1, 70, block_2d, torch.float32)
 
 
 @pytest.mark.parametrize("batch", [(5,), (2, 3)])

@@ -58,9 +58,7 @@ def test_quantized_holds_packed_codes_and_scales(name, shape, axis):
     assert q.scales.shape == (*others, blocks)
     assert (q.format, q.shape, q.axis, q.block_2d) == (name, shape, axis % len(shape), False)
     assert (q.tensor_scale is not None) == fmt.has_tensor_scale
-    assert (
-        q.nbytes == q.codes.numel() + q.scales.numel() * fmt.scale_dtype.itemsize + 4 * fmt.has_tensor_scale
-    )
+    assert q.nbytes == q.codes.numel() + q.scales.numel() * fmt.scale_dtype.itemsize + 4 * fmt.has_tensor_scale
     assert fp4compile.dequantize(q).shape == shape
     assert fp4compile.dequantize(q).dtype == torch.float32
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -97,9 +95,7 @@ def test_public_functions_equal_the_reference(name, options, dtype):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("name", "rule"), [(f.name, rule) for f in FORMATS.values() for rule in f.scale_rules]
-)
+@pytest.mark.parametrize(("name", "rule"), [(f.name, rule) for f in FORMATS.values() for rule in f.scale_rules])
 def test_the_ends_of_the_range_equal_the_reference_and_stay_finite(name, rule, dtype, rounding):
     limits = torch.finfo(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -216,9 +212,7 @@ def test_exported(dynamo):
             return fp4compile.fake_quantize(x, "nvfp4", axis=0)
 
     x = randn(70, 8)
-    assert same_bits(
-        torch.export.export(Faked(), (x,)).module()(x), fp4compile.fake_quantize(x, "nvfp4", axis=0)
-    )
+    assert same_bits(torch.export.export(Faked(), (x,)).module()(x), fp4compile.fake_quantize(x, "nvfp4", axis=0))
 
 
 # --- what they refuse ---------------------------------------------------------------------------------------
@@ -273,9 +267,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "function", [fp4compile.quantize, fp4compile.fake_quantize], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("function", [fp4compile.quantize, fp4compile.fake_quantize], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("x", "format", "options", "error", "named"),
     REFUSED,

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
-from fp4compile.codec import E4M3_MAX
-from fp4compile.codec import e6m2_max
+from fp4compile.codec import E4M3_MAX, e6m2_max
 from fp4compile.formats import FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
 from fp4compile.ops import OPS
