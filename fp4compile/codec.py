@@ -19,6 +19,8 @@ from torch import Tensor
 from fp4compile import philox
 from fp4compile.formats import Element, Format
 
+ROUNDINGS = ("nearest", "stochastic")
+
 E4M3_MAX = 448.0
 _E4M3_MIN_NORMAL = 2.0**-6
 _E6M2_MIN, _E6M2_MAX = 2.0**-48, 1.5 * 2.0**15

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fp4compile import backend
+from fp4compile.codec import ROUNDINGS
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 from fp4compile.formats import FORMATS, Format
 
-ROUNDINGS = ("nearest", "stochastic")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

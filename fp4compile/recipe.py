@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import tomli_w
 
+from fp4compile.codec import ROUNDINGS
 from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.files import write_atomically
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import check_size
-from fp4compile.quantized import ROUNDINGS
 
 if sys.version_info >= (3, 11):
     import tomllib

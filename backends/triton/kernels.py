@@ -144,6 +144,9 @@ def _store(
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 
+# `counter_stream`, because `stream` is a word of Triton's launch.
+
+
 @triton.jit
 def _philox(counter, seed, counter_stream, WIDE: tl.constexpr):
     """Four 32-bit words of Philox4x32-10 for each counter, key (seed, stream)."""

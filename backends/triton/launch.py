@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -43,13 +43,16 @@ class Tile:
 # By the scaling of the format's first level and whether the blocked axis is strided.
 # Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
 TILES = {
-    ("e6m2", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
-    ("e8m0", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
-    ("e4m3", False): Tile(elements=4096, per_warp=1024, least=64, low=1),
+    ("e6m2", False): Tile(elements=4096, per_warp=512, least=64, low=1),
+    ("e8m0", False): Tile(elements=4096, per_warp=512, least=64, low=1),
+    ("e4m3", False): Tile(elements=2048, per_warp=1024, least=64, low=1),
     ("e6m2", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
     ("e8m0", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
-    ("e4m3", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
+    ("e4m3", True): Tile(elements=8192, per_warp=1024, least=64, low=4),
 }
+# Columns with more arithmetic: a transform in front (eight elements of a column in a thread save three exchanges of
+# each butterfly), or random numbers.
+_BUSY = Tile(elements=4096, per_warp=2048, least=64, low=8)
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,10 @@ def _rounding(
     return arguments, constants
 
 
-def _transform(hadamard: int, sign_seed: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments, constants) of the Hadamard transform in front."""
-    arguments = {"sign_seed_ptr": sign_seed if hadamard else None, "sign_stream": SIGN_STREAM}
+def _transform(hadamard: int) -> dict[str, Any]:
+    """The constants of the Hadamard transform in front."""
     factor = 1.0 / math.sqrt(hadamard) if hadamard else 1.0
-    return arguments, {"HADAMARD": hadamard, "LOG2": hadamard.bit_length() - 1, "FACTOR": factor}
+    return {"HADAMARD": hadamard, "LOG2": hadamard.bit_length() - 1, "FACTOR": factor}
 
 
 def _signed(word: int) -> int:
@@ -217,9 +219,9 @@ def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool
     return Geometry(1, lanes, size, padded, False)
 
 
-def _tile(g: Geometry, scaling: str, run: int, edge: int) -> tuple[int, dict[str, Any], int]:
+def _tile(g: Geometry, scaling: str, run: int, edge: int, busy: bool = False) -> tuple[int, dict[str, Any], int]:
     """(programs, constants, warps) of a launch over `g` in tiles of whole runs."""
-    tile = TILES[scaling, g.columns]
+    tile = _BUSY if busy and g.columns else TILES[scaling, g.columns]
     k = run if not g.columns and g.padded == run else max(run, tile.least)
     wanted = max(tile.elements // k, 1)
     lanes = max(min(wanted, _power_of_two(g.lanes)), edge or 1, 8)
@@ -247,8 +249,53 @@ def _words(codes: Tensor) -> Tensor:
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def _quantizing(
     kernel: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    format: str,
+    axis: int,
+    rounding: str,
+    scale_rule: str | None,
+    block_2d: bool,
+    hadamard: int,
+    own: tuple[tuple[str, Any], ...],
+) -> Launch:
+    """What `fake_quantize` and `quantize` share and every call repeats: the launch without tensors and seeds.
+
+    Args:
+        dtype: what the decoded values must fit.
+        own: constants of that kernel alone.
+    """
+    arguments, constants = _rounding(format, scale_rule, rounding, dtype)
+    block = constants["BLOCK"]
+    edge, run_length = block if block_2d else 0, max(block, hadamard)
+    g = geometry(shape, axis, run_length, hadamard, block_2d)
+    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, hadamard > 0 or rounding == "stochastic")
+    sizes = {"lanes": g.lanes, "size": g.size, "padded": g.padded}
+    aligned = (g.lanes if g.columns else g.padded) % 4 == 0
+    all_constants = {**constants, **_transform(hadamard), **tile, "EDGE": edge, "ALIGNED": aligned, **dict(own)}
+    return Launch(kernel, grid, {**arguments, **sizes, "sign_stream": SIGN_STREAM}, all_constants, warps)
+
+
+def _with(launch: Launch, arguments: Mapping[str, Any]) -> Launch:
+    return Launch(launch.kernel, launch.grid, {**launch.arguments, **arguments}, launch.constants, launch.num_warps)
+
+
+def _inputs(
+    x: Tensor, tensor_scale: Tensor | None, seed: Tensor | None, stream: int, sign_seed: Tensor | None
+) -> dict[str, Any]:
+    return {
+        "x_ptr": x,
+        "ts_ptr": tensor_scale,
+        "seed_ptr": seed,
+        "counter_stream": _signed(stream),
+        "sign_seed_ptr": sign_seed,
+    }
+
+
+def plan_fake_quantize(
     x: Tensor,
     format: str,
     axis: int,
@@ -260,87 +307,46 @@ def _quantizing(
     stream: int,
     hadamard: int,
     sign_seed: Tensor | None,
-    dtype: torch.dtype,
-) -> Launch:
-    """What `fake_quantize` and `quantize` share; the results' pointers are still missing."""
-    arguments, constants = _rounding(format, scale_rule, rounding, dtype)
-    sign_arguments, sign_constants = _transform(hadamard, sign_seed)
-    block = constants["BLOCK"]
-    edge, run_length = block if block_2d else 0, max(block, hadamard)
-    g = geometry(x.shape, axis, run_length, hadamard, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge)
-    return Launch(
-        kernel,
-        grid,
-        {
-            **arguments,
-            **sign_arguments,
-            "x_ptr": x,
-            "ts_ptr": tensor_scale,
-            "seed_ptr": seed if constants["STOCHASTIC"] else None,
-            "counter_stream": _signed(stream),
-            "lanes": g.lanes,
-            "size": g.size,
-            "padded": g.padded,
-        },
-        {
-            **constants,
-            **sign_constants,
-            **tile,
-            "EDGE": edge,
-            "ALIGNED": (g.lanes if g.columns else g.padded) % 4 == 0,
-        },
-        warps,
-    )
-
-
-def _extended(launch: Launch, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> Launch:
-    return Launch(
-        launch.kernel,
-        launch.grid,
-        {**launch.arguments, **arguments},
-        {**launch.constants, **constants},
-        launch.num_warps,
-    )
-
-
-def plan_fake_quantize(
-    x: Tensor, axis: int, hadamard: int, tensor_scale: Tensor | None, fold: bool, **others: Any
+    fold: bool,
 ) -> tuple[Launch, Tensor]:
     """The launch of the op `fake_quantize` on a contiguous x, and its result."""
     axis %= x.dim()
+    own = (("FOLD", fold and tensor_scale is not None),)
+    launch = _quantizing("fake_quantize", x.shape, x.dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
     y = x.new_empty([*x.shape[:axis], _padded(x.shape[axis], hadamard), *x.shape[axis + 1 :]])
-    launch = _quantizing(
-        "fake_quantize", x, axis=axis, hadamard=hadamard, tensor_scale=tensor_scale, dtype=x.dtype, **others
-    )
-    return _extended(launch, {"y_ptr": y}, {"FOLD": fold and tensor_scale is not None}), y
+    return _with(launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), "y_ptr": y}), y
 
 
 def plan_quantize(
-    x: Tensor, format: str, axis: int, block_2d: bool, hadamard: int, dtype: torch.dtype | None, **others: Any
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str,
+    scale_rule: str | None,
+    block_2d: bool,
+    tensor_scale: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    hadamard: int,
+    sign_seed: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Launch, tuple[Tensor, Tensor]]:
     """The launch of the op `quantize` on a contiguous x, and its results."""
     axis, fmt = axis % x.dim(), FORMATS[format]
+    own = (("NAN", _SCALINGS[fmt.levels[0].dtype].nan),)
+    launch = _quantizing(
+        "quantize", x.shape, dtype or x.dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own
+    )
     shape = [*x.shape[:axis], *x.shape[axis + 1 :]]
     blocks = _ceil(_padded(x.shape[axis], hadamard), fmt.block)
     codes = x.new_empty([*shape, blocks * fmt.block // 2], dtype=torch.uint8)
     if block_2d:
         shape[-1] = _ceil(shape[-1], fmt.block)
     scales = x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
-    launch = _quantizing(
-        "quantize",
-        x,
-        format=format,
-        axis=axis,
-        block_2d=block_2d,
-        hadamard=hadamard,
-        dtype=dtype or x.dtype,
-        **others,
-    )
     # A lane that was cut into runs has that many blocks.
     of_lane = _ceil(launch.arguments["padded"], fmt.block)
     results = {"codes_ptr": _words(codes), "scales_ptr": scales, "blocks": of_lane}
-    return _extended(launch, results, {"NAN": _SCALINGS[fmt.levels[0].dtype].nan}), (codes, scales)
+    return _with(launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results}), (codes, scales)
 
 
 def plan_dequantize(
@@ -382,10 +388,9 @@ def plan_tensor_scale(
     x: Tensor, format: str, axis: int, hadamard: int, sign_seed: Tensor | None
 ) -> tuple[tuple[Launch, Launch], Tensor]:
     """The two launches of the op `tensor_scale` on a contiguous x: maxima of tiles, then of those; and its result."""
-    sign_arguments, sign_constants = _transform(hadamard, sign_seed)
     if hadamard:
         g = geometry(x.shape, axis % x.dim(), hadamard, hadamard, False)
-        grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, hadamard, 0)
+        grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, hadamard, 0, busy=True)
     else:
         n = x.numel()
         g = Geometry(1, 1, n, n, False)
@@ -394,10 +399,16 @@ def plan_tensor_scale(
         tile = {"L": 1, "K": _FLAT, "LOW": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
     y = x.new_empty((), dtype=torch.float32)
     partial = x.new_empty((grid,), dtype=torch.int32)
-    sizes = {"lanes": g.lanes, "size": g.size, "padded": g.padded}
-    first = Launch(
-        "amax", grid, {**sign_arguments, **sizes, "x_ptr": x, "partial_ptr": partial}, {**sign_constants, **tile}, warps
-    )
+    arguments = {
+        "x_ptr": x,
+        "partial_ptr": partial,
+        "sign_seed_ptr": sign_seed,
+        "lanes": g.lanes,
+        "size": g.size,
+        "padded": g.padded,
+        "sign_stream": SIGN_STREAM,
+    }
+    first = Launch("amax", grid, arguments, {**_transform(hadamard), **tile}, warps)
     constants = {"TOP": E4M3_MAX * FORMATS[format].element.max, "LEAST": _TENSOR_SCALE_MIN, "CHUNK": 4096}
     second = Launch("tensor_scale", 1, {"partial_ptr": partial, "y_ptr": y, "count": grid}, constants, 8)
     return (first, second), y
