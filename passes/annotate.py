@@ -75,6 +75,8 @@ def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) ->
         token_axis = site.role == "wgrad"  # padded with zeros, as both operands are
         if spec.hadamard and not token_axis and size % spec.hadamard != 0:
             return f"a Hadamard transform of size {spec.hadamard} does not divide the {size} features it runs along"
+    if site.kind == "grouped" and any(spec and spec.scaled_per_tensor for spec in specs.values()):
+        return "no grouped GEMM applies a per-tensor scale to its accumulator"
     if site.kind == "grouped" and site.role == "wgrad":
         return "the contraction of a grouped wgrad runs over token groups, and blocks would cross them"
     return None

@@ -471,6 +471,26 @@ def test_a_gemm_hidden_in_an_op_of_another_library_is_reported() -> None:
     assert site.flops == 2 * 4 * 16 * 8
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fp4", "reason"),
+    [("hif4-plain", {"forward", "dgrad"}, "token groups"), ("nvfp4-plain", set(), "per-tensor scale")],
+)
+def test_grouped_gemms_are_done_or_refused_by_role(recipe: str, fp4: set[str], reason: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 64, 32, dtype=torch.bfloat16))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch._grouped_mm(x, self.weight, offs=ends)
+
+    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    sites = fp4compile.explain(Experts(), (x, torch.tensor([5, 16], dtype=torch.int32)), recipe, train=True).sites
+    assert {s.role for s in sites} == {"forward", "dgrad", "wgrad"}
+    assert {s.role for s in sites if s.status == "fp4"} == fp4
+    assert all(s.kind == "grouped" and (s.status == "fp4" or reason in s.reason) for s in sites)
+
+
 def test_merging_keeps_sites_of_other_parameters_at_one_path() -> None:
     first = report(record("a", parameter="a.A"))
     first.merge(report(record("a", parameter="a.B")))
