@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from cpu_codec import plain_hif4
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -58,24 +59,6 @@ class Row:
     share: float
     bar: float | None
     host_us: float
-
-
-def plain_hif4(x: Tensor) -> Tensor:
-    """HiFloat4 as its authors publish it, in torch ops: bf16 scale and reciprocal, fp32 products."""
-    groups = x.float().reshape(-1, 16, 4)
-    mag = groups.abs()
-    v16 = mag.amax(-1)
-    v8 = v16.reshape(-1, 8, 2).amax(-1)
-    v = v8.amax(-1, keepdim=True)
-    s = (v.bfloat16() * torch.tensor(1 / 7, dtype=torch.bfloat16)).float().clamp(2.0**-48, 49152.0)
-    exponent = torch.floor(torch.log2(s))
-    scale = torch.exp2(exponent) * torch.round(s / torch.exp2(exponent) * 4) / 4
-    reciprocal = (1 / scale).bfloat16().float()
-    e8 = (v8 * reciprocal >= 4).float().repeat_interleave(2, -1)
-    e16 = (v16 * reciprocal * torch.exp2(-e8) >= 2).float()
-    levels = torch.exp2(e8 + e16).unsqueeze(-1)
-    code = torch.floor(mag * reciprocal.unsqueeze(-1) / levels * 4 + 0.5).clamp(max=7)
-    return torch.copysign(code * 0.25 * levels * scale.unsqueeze(-1), groups).reshape(x.shape).to(x.dtype)
 
 
 def fake_quantize_cases(x: Tensor, format: str, axis: int) -> list[Case]:

@@ -21,32 +21,13 @@ from fp4compile.convert import MANIFEST, TARGETS
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.packed import PackedWeight
 from fp4compile.recipe import Operand, Recipe, Rule
+from tests.models import model
 
 transformers = pytest.importorskip("transformers")
 # The package's functions of the same names hide the modules.
 CONVERT = importlib.import_module("fp4compile.convert")
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-SIZES = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
-
-
-@cache
-def model(name: str) -> Any:
-    """A tiny model with random weights; K = 80 is a multiple of no block but NVFP4's."""
-    torch.manual_seed(0)
-    made = {
-        "llama": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**SIZES, **IDS, num_key_value_heads=2, tie_word_embeddings=True)
-        ),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**IDS, n_embd=80, n_layer=1, n_head=4, vocab_size=96, n_positions=32)
-        ),
-        "bert": lambda: transformers.BertForMaskedLM(
-            transformers.BertConfig(**SIZES, pad_token_id=None, max_position_embeddings=32)
-        ),
-    }[name]()
-    return made.eval()
 
 
 @pytest.fixture(scope="module")

@@ -14,28 +14,9 @@ import fp4compile
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.packed import PackedLinear, PackedWeight, replaced
 from fp4compile.recipe import Operand
+from tests.models import model
 
 transformers = pytest.importorskip("transformers")
-
-IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-SIZES = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
-
-
-@cache
-def original(name: str) -> Any:
-    torch.manual_seed(0)
-    made = {
-        "llama": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**SIZES, **IDS, num_key_value_heads=2, tie_word_embeddings=True)
-        ),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**IDS, n_embd=80, n_layer=1, n_head=4, vocab_size=96, n_positions=32)
-        ),
-        "bert": lambda: transformers.BertForMaskedLM(
-            transformers.BertConfig(**SIZES, pad_token_id=None, max_position_embeddings=32)
-        ),
-    }[name]()
-    return made.eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +26,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def folder(name: str, recipe: str) -> Path:
-        return fp4compile.convert(original(name), recipe, out=root / f"{name}-{recipe}").path
+        return fp4compile.convert(model(name), recipe, out=root / f"{name}-{recipe}").path
 
     return folder
 
@@ -56,7 +37,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 
 def fake(name: str, format: str, paths: Any) -> Any:
     """The original with the weights of those modules fake-quantised along their contraction axis."""
-    made = copy.deepcopy(original(name))
+    made = copy.deepcopy(model(name))
     for path in paths:
         module = made.get_submodule(path)
         axis = 0 if type(module).__name__ == "Conv1D" else 1
@@ -92,7 +73,7 @@ def test_activations_are_quantised_where_the_recipe_says_so(converted):
     loaded = fp4compile.load(converted("gpt2", "nvfp4-w4a4"))
     torch._dynamo.reset()
     options = {"recipe": "nvfp4-w4a4", "backend": "reference"}
-    compiled = torch.compile(original("gpt2"), backend="fp4compile", options=options)
+    compiled = torch.compile(model("gpt2"), backend="fp4compile", options=options)
     expected, got = (m(tokens(), use_cache=False).logits for m in (compiled, loaded))
     weights_only = fp4compile.load(converted("gpt2", "nvfp4-w4a16"))(tokens()).logits
     # Summation order can move an activation across a rounding boundary, so not every bit agrees.

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
+from fp4compile.backends import checks
 from fp4compile.codec import E4M3_MAX, e6m2_max
 from fp4compile.formats import FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
@@ -475,8 +476,6 @@ def mm(
 
 # --- what they support --------------------------------------------------------------------------------------
 
-Check = Callable[[Mapping[str, Any]], "str | None"]  # why not, or None
-
 
 def _on_cpu(arguments: Mapping[str, Any]) -> str | None:
     other = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.device.type != "cpu"]
@@ -488,49 +487,10 @@ def _format_known(arguments: Mapping[str, Any]) -> str | None:
     return known.reason if isinstance(known, No) else None
 
 
-def _input(arguments: Mapping[str, Any]) -> str | None:
-    x = arguments["x"]
-    if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}; the CPU kernels read fp32, bf16 and fp16"
-    return None if x.dim() else "x is 0-d"
-
-
-def _scalars(arguments: Mapping[str, Any]) -> str | None:
-    for name, dtype in (("tensor_scale", torch.float32), ("seed", torch.int64), ("sign_seed", torch.int64)):
-        value = arguments.get(name)
-        if value is not None and (value.dtype != dtype or value.numel() != 1):
-            return f"{name} is not one {dtype} number"
-    return None
-
-
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
     size = arguments["hadamard"] if "hadamard" in arguments else arguments["size"]
     good = (size == 0 and "hadamard" in arguments) or (2 <= size <= 4096 and not size & (size - 1))
     return None if good else f"Hadamard size {size} is not a power of two from 2 to 4096"
-
-
-def _rounding(arguments: Mapping[str, Any]) -> str | None:
-    if arguments["rounding"] == "stochastic":
-        return None if arguments["seed"] is not None else "stochastic rounding without a seed"
-    return None if arguments["rounding"] == "nearest" else f"rounding {arguments['rounding']!r}"
-
-
-def _square(arguments: Mapping[str, Any]) -> str | None:
-    if not arguments["block_2d"]:
-        return None
-    x = arguments["codes"] if "codes" in arguments else arguments["x"]
-    if FORMATS[arguments["format"]].block_2d is None:
-        return f"format {arguments['format']} has no 2-D blocks"
-    inside = x.dim() > 1 and arguments["axis"] % x.dim() >= x.dim() - 2
-    return None if inside else "2-D blocks tile the last two axes"
-
-
-def _packed(arguments: Mapping[str, Any]) -> str | None:
-    fmt, codes, scales = FORMATS[arguments["format"]], arguments["codes"], arguments["scales"]
-    if codes.dtype != torch.uint8 or scales.dtype != fmt.scale_dtype or arguments["dtype"] not in _DTYPES:
-        return f"cannot decode {codes.dtype} codes and {scales.dtype} scales to {arguments['dtype']}"
-    whole = scales.shape[-1] * fmt.block == codes.shape[-1] * 2 and arguments["size"] <= codes.shape[-1] * 2
-    return None if whole else "codes and scales do not hold the same whole blocks"
 
 
 def _operands(arguments: Mapping[str, Any]) -> str | None:
@@ -540,14 +500,14 @@ def _operands(arguments: Mapping[str, Any]) -> str | None:
     return next((known.reason for known in map(_known, formats) if isinstance(known, No)), None)
 
 
-def _supports(*checks: Check) -> Callable[[Mapping[str, Any]], Answer]:
+def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
     """The answer of the first check that objects; a machine without a compiler objects to everything."""
 
     def answer(arguments: Mapping[str, Any]) -> Answer:
         built = library()
         if isinstance(built, No):
             return built
-        for check in checks:
+        for check in required:
             reason = check(arguments)
             if reason is not None:
                 return No(reason)
@@ -556,16 +516,16 @@ def _supports(*checks: Check) -> Callable[[Mapping[str, Any]], Answer]:
     return answer
 
 
-_QUANTIZING = (_on_cpu, _input, _format_known, _scalars, _transform_size, _rounding, _square)
+_QUANTIZING = (_on_cpu, checks.input, _format_known, checks.scalars, _transform_size, checks.rounding, checks.square)
 
 KERNELS: tuple[Kernel, ...] = tuple(
-    Kernel(f"cpu/{op}", op, "cpu", run, _supports(*checks))
-    for op, run, checks in (
+    Kernel(f"cpu/{op}", op, "cpu", run, _supports(*required))
+    for op, run, required in (
         ("fake_quantize", fake_quantize, _QUANTIZING),
         ("quantize", quantize, _QUANTIZING),
-        ("dequantize", dequantize, (_on_cpu, _format_known, _scalars, _square, _packed)),
-        ("tensor_scale", tensor_scale, (_on_cpu, _input, _scalars, _transform_size)),
-        ("hadamard", hadamard, (_on_cpu, _input, _scalars, _transform_size)),
+        ("dequantize", dequantize, (_on_cpu, _format_known, checks.scalars, checks.square, checks.packed)),
+        ("tensor_scale", tensor_scale, (_on_cpu, checks.input, checks.scalars, _transform_size)),
+        ("hadamard", hadamard, (_on_cpu, checks.input, checks.scalars, _transform_size)),
         ("mm", mm, (_on_cpu, _operands)),
     )
 )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
+from fp4compile.backends import checks
 from fp4compile.backends.triton import launch
-from fp4compile.formats import FORMATS
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
 
@@ -39,8 +39,6 @@ def available() -> Answer:
 
 # --- what they support -----------------------------------------------------------------------------------------------
 
-Check = Callable[[Mapping[str, Any]], "str | None"]  # why not, or None
-
 
 def _on_one_gpu(arguments: Mapping[str, Any]) -> str | None:
     devices = {n: v.device for n, v in arguments.items() if isinstance(v, Tensor)}
@@ -55,72 +53,41 @@ def _format_known(arguments: Mapping[str, Any]) -> str | None:
     return known.reason if isinstance(known, No) else None
 
 
-def _input(arguments: Mapping[str, Any]) -> str | None:
-    x = arguments["x"]
-    if x.dtype not in launch.DTYPES:
-        return f"x is {x.dtype}; the Triton kernels read fp32, bf16 and fp16"
-    return None if x.dim() else "x is 0-d"
-
-
-def _scalars(arguments: Mapping[str, Any]) -> str | None:
-    for name, dtype in (("tensor_scale", torch.float32), ("seed", torch.int64), ("sign_seed", torch.int64)):
-        value = arguments.get(name)
-        if value is not None and (value.dtype != dtype or value.numel() != 1):
-            return f"{name} is not one {dtype} number"
-    return None
-
-
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
     size = arguments["hadamard"]
     good = ", ".join(map(str, launch.HADAMARD_SIZES[1:]))
     return None if size in launch.HADAMARD_SIZES else f"Hadamard size {size} is not one of {good}"
 
 
-def _rounding(arguments: Mapping[str, Any]) -> str | None:
-    if arguments["rounding"] == "stochastic":
-        return None if arguments["seed"] is not None else "stochastic rounding without a seed"
-    return None if arguments["rounding"] == "nearest" else f"rounding {arguments['rounding']!r}"
-
-
-def _square(arguments: Mapping[str, Any]) -> str | None:
-    if not arguments["block_2d"]:
-        return None
-    x = arguments["codes"] if "codes" in arguments else arguments["x"]
-    if FORMATS[arguments["format"]].block_2d is None:
-        return f"format {arguments['format']} has no 2-D blocks"
-    inside = x.dim() > 1 and arguments["axis"] % x.dim() >= x.dim() - 2
-    return None if inside else "2-D blocks tile the last two axes"
-
-
-def _packed(arguments: Mapping[str, Any]) -> str | None:
-    fmt, codes, scales = FORMATS[arguments["format"]], arguments["codes"], arguments["scales"]
-    if codes.dtype != torch.uint8 or scales.dtype != fmt.scale_dtype or arguments["dtype"] not in launch.DTYPES:
-        return f"cannot decode {codes.dtype} codes and {scales.dtype} scales to {arguments['dtype']}"
-    whole = scales.shape[-1] * fmt.block == codes.shape[-1] * 2 and arguments["size"] <= codes.shape[-1] * 2
-    return None if whole else "codes and scales do not hold the same whole blocks"
-
-
-def _supports(*checks: Check) -> Callable[[Mapping[str, Any]], Answer]:
+def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
     """The answer of the first check that objects; a machine without Triton or a GPU objects to everything."""
 
     def answer(arguments: Mapping[str, Any]) -> Answer:
         here = available()
         if isinstance(here, No):
             return here
-        reasons = (check(arguments) for check in checks)
+        reasons = (check(arguments) for check in required)
         return next((No(reason) for reason in reasons if reason is not None), Yes())
 
     return answer
 
 
-_QUANTIZING = (_on_one_gpu, _input, _format_known, _scalars, _transform_size, _rounding, _square)
+_QUANTIZING = (
+    _on_one_gpu,
+    checks.input,
+    _format_known,
+    checks.scalars,
+    _transform_size,
+    checks.rounding,
+    checks.square,
+)
 
 KERNELS: tuple[Kernel, ...] = tuple(
-    Kernel(f"triton/{op}", op, "cuda", run, _supports(*checks))
-    for op, run, checks in (
+    Kernel(f"triton/{op}", op, "cuda", run, _supports(*required))
+    for op, run, required in (
         ("fake_quantize", launch.fake_quantize, _QUANTIZING),
         ("quantize", launch.quantize, _QUANTIZING),
-        ("dequantize", launch.dequantize, (_on_one_gpu, _format_known, _scalars, _square, _packed)),
-        ("tensor_scale", launch.tensor_scale, (_on_one_gpu, _input, _scalars, _transform_size)),
+        ("dequantize", launch.dequantize, (_on_one_gpu, _format_known, checks.scalars, checks.square, checks.packed)),
+        ("tensor_scale", launch.tensor_scale, (_on_one_gpu, checks.input, checks.scalars, _transform_size)),
     )
 )

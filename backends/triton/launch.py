@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import No
+from fp4compile.backends import checks
 from fp4compile.codec import _SCALINGS, _TENSOR_SCALE_MIN, E4M3_MAX, e6m2_max
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = checks.DTYPES
 _NEVER = 1 << 23  # a fraction that no mantissa reaches
 _FLAT = 8192  # elements per program where blocks play no part
 
