@@ -20,7 +20,7 @@ help:
 	@echo 'make test          the fast tests; test-slow the others; test-all both'
 	@echo 'make check         lint, format, types; format rewrites what it can'
 	@echo 'make golden        write the golden graph texts anew, for you to read as a diff'
-	@echo 'make bench         benchmarks on this machine'
+	@echo 'make bench         benchmarks on this machine, its GPU included'
 	@echo 'make clean         remove caches and outputs; distclean removes .venv too'
 
 # --- environment: one stamp per set of extras, renewed when pyproject.toml or constraints.txt changes
@@ -51,6 +51,8 @@ demo-convert: $(VENV)/.installed-models
 bench: $(VENV)/.installed-run
 	$(PY) benchmarks/cpu_codec.py
 	$(PY) benchmarks/compile_time.py
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m benchmarks.gpu; \
+	else echo 'torch sees no CUDA device: the GPU benchmarks are left out'; fi
 
 # --- what to check
 

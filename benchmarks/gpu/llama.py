@@ -1,0 +1,197 @@
+"""A Llama in plain PyTorch, shared by the training and the generation benchmark; it knows nothing of FP4.
+
+    x, delta = block(x, delta, …)    # x + delta is the residual stream
+
+A block leaves the last sum of the residual stream to whoever reads it, so that the sum lies in front of a norm also
+where blocks are compiled one by one: no fusion is lost against compiling the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Cache = tuple[Tensor, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+_THETA = 500_000.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama; the defaults are those of Llama 3 8B."""
+
+    dim: int = 4096
+    hidden: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    layers: int = 32
+    vocabulary: int = 128_256
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.heads
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without bias: Llama has none."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, head_dim / 2] in fp32 of the rotary embedding at positions [T]."""
+    powers = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    angles = positions[:, None] * _THETA**-powers
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head of x [B, heads, T, head_dim]."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, causal, or over a cache of fixed length."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.q_proj = linear(shape.dim, shape.heads * shape.head_dim)
+        self.k_proj = linear(shape.dim, shape.kv_heads * shape.head_dim)
+        self.v_proj = linear(shape.dim, shape.kv_heads * shape.head_dim)
+        self.o_proj = linear(shape.heads * shape.head_dim, shape.dim)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        q = rotate(self._heads(self.q_proj(x)), cos, sin)
+        k = rotate(self._heads(self.k_proj(x)), cos, sin)
+        v = self._heads(self.v_proj(x))
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            out = cached_attention(q, k, v, positions, cache)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Write k and v [B, kv_heads, T, D] at `positions` [T] and attend over the whole cache [B, kv_heads, length, D].
+
+    The query heads that share a key head are rows of one query, so that nothing is repeated.
+    """
+    keys, values = cache
+    keys[:, :, positions] = k
+    values[:, :, positions] = v
+    group = q.shape[1] // k.shape[1]
+    visible = torch.arange(keys.shape[2], device=q.device) <= positions[:, None]
+    rows = q.unflatten(1, (-1, group)).flatten(2, 3)
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible.repeat(group, 1))
+    return out.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = linear(shape.dim, shape.hidden)
+        self.up_proj = linear(shape.dim, shape.hidden)
+        self.down_proj = linear(shape.hidden, shape.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm; takes and returns x, delta with x + delta the residual stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.mlp = MLP(shape)
+
+    def forward(
+        self, x: Tensor, delta: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = x + delta
+        x = x + self.attention(self.attention_norm(x), positions, cos, sin, cache)
+        return x, self.mlp(self.mlp_norm(x))
+
+
+class Stack(nn.Module):
+    """The blocks alone: x [B, T, dim] -> [B, T, dim]."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
+        cos, sin = rotation(positions, self.head_dim)
+        delta = torch.zeros_like(x)
+        for block in self.layers:
+            x, delta = block(x, delta, positions, cos, sin)
+        return x + delta
+
+
+class Head(nn.Module):
+    """The last norm and the output head, at the last position: [B, T, dim] twice -> logits [B, vocabulary]."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.lm_head = linear(shape.dim, shape.vocabulary)
+
+    def forward(self, x: Tensor, delta: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.norm(x[:, -1] + delta[:, -1]))
+        return logits
+
+
+class Llama(nn.Module):
+    """The language model on a cache: tokens [B, T] at positions [T] -> logits [B, vocabulary] of the last one."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.dim)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.head = Head(shape)
+
+    def caches(self, batch: int, length: int) -> list[Cache]:
+        """Keys and values [batch, kv_heads, length, head_dim] of every block, N(0, 1) as behind a prompt."""
+        size = (batch, self.shape.kv_heads, length, self.shape.head_dim)
+        like = self.embedding.weight
+        draw = [torch.randn(2, *size, dtype=like.dtype, device=like.device) for _ in self.layers]
+        return [(keys, values) for keys, values in draw]
+
+    def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[Cache]) -> Tensor:
+        cos, sin = rotation(positions, self.shape.head_dim)
+        x = self.embedding(tokens)
+        delta = torch.zeros_like(x)
+        for block, cache in zip(self.layers, caches, strict=True):
+            x, delta = block(x, delta, positions, cos, sin, cache)
+        logits: Tensor = self.head(x, delta)
+        return logits
+
+
+def made(kind: type[Model], shape: Shape, device: str) -> Model:
+    """A model in bf16 with weights N(0, 0.02²), made on the device; norms stay at one."""
+    with torch.device("meta"):
+        model = kind(shape).bfloat16()
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.ones_(parameter)
+    return model
