@@ -53,6 +53,7 @@ class Kernel:
         device: torch device type, "cpu" or "cuda".
         run: takes the op's arguments by name; must agree with the op's reference bit for bit where it quantises.
         supports: reads the same arguments (tensors may be fake: shapes, dtypes and devices only) and answers.
+        packed: whether it multiplies packed operands as they are, so that packing for it is worth while.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Kernel:
     device: str
     run: Callable[..., Any]
     supports: Callable[[Mapping[str, Any]], Answer]
+    packed: bool = False
 
 
 class Backend(ABC):

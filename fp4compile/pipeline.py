@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.backend import Backend
 from fp4compile.errors import FP4TypeError, FP4ValueError, RewriteError, unknown
 from fp4compile.graph import Site, verify
+from fp4compile.ops import BY_OVERLOAD
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report, SiteRecord
+from fp4compile.rewrite import arguments, value
 
 GROUP = "fp4compile.pipelines"
 
@@ -61,6 +64,16 @@ class Context:
         site.status, site.reason = "refused", reason
         site.specs = dict.fromkeys(site.arguments)
 
+    def kernel(self, node: Node) -> tuple[str, list[str]]:
+        """The kernel that will run a node of ours, and why each earlier one declined."""
+        op = BY_OVERLOAD[node.target]
+        given = {name: _placed(value(argument), self.device) for name, argument in arguments(node).items()}
+        return self.backend.kernel_for(op.name, given, self.device)
+
+    def has_kernel(self, node: Node) -> bool:
+        """Whether the backend runs a node of ours on a kernel, not on the reference."""
+        return self.kernel(node)[0] != f"reference/{BY_OVERLOAD[node.target].name}"
+
     def report(self) -> Report:
         """The ledger of this graph."""
         weights: dict[str, tuple[int, int]] = {}
@@ -92,6 +105,14 @@ class Context:
             pass_seconds=dict(self.seconds),
             weights=weights,
         )
+
+
+def _placed(argument: Any, device: str) -> Any:
+    """A meta tensor (a model without weights) stands for one on the device that will run the graph."""
+    if not isinstance(argument, FakeTensor) or argument.device.type != "meta":
+        return argument
+    with argument.fake_mode:
+        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
 
 
 class Pass(Protocol):

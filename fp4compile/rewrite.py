@@ -12,7 +12,7 @@ from torch.fx import Graph, Node, map_arg
 from torch.utils._pytree import tree_leaves
 
 from fp4compile.backend import Answer, Yes
-from fp4compile.ops import OPS
+from fp4compile.ops import BY_OVERLOAD, OPS
 
 # What a new node takes over from the node it is made for: its half of the joint graph, its module, its line.
 _INHERITED = (
@@ -52,6 +52,13 @@ def refresh(node: Node) -> None:
     fake_mode = next((mode for mode in modes if mode is not None), nullcontext())
     with fake_mode:
         node.meta["val"] = rule(*args, **kwargs)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call of ours by name, defaults included."""
+    bound = BY_OVERLOAD[node.target].signature.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 def _hashable(value: Any) -> Any:

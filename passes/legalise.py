@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from fp4compile.graph import MOVES
-from fp4compile.ops import OPS, Op
+from fp4compile.ops import BY_OVERLOAD
 from fp4compile.pipeline import Context
-from fp4compile.rewrite import value
-
-_BY_OVERLOAD = {op.overload: op for op in OPS.values()}
-
-
-@cache
-def _signature(op: Op) -> inspect.Signature:
-    return inspect.signature(op.reference)
-
-
-def _arguments(op: Op, node: Node, device: str) -> dict[str, Any]:
-    bound = _signature(op).bind(*value(node.args), **value(node.kwargs))
-    bound.apply_defaults()
-    return {name: _placed(argument, device) for name, argument in bound.arguments.items()}
-
-
-def _placed(argument: Any, device: str) -> Any:
-    """A meta tensor (a model without weights) stands for one on the device that will run the graph."""
-    if not isinstance(argument, FakeTensor) or argument.device.type != "meta":
-        return argument
-    with argument.fake_mode:
-        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
 
 
 def _ops_of(node: Node) -> Iterator[Node]:
     """The op that makes an operand, below views, and what it reads from other ops of ours."""
-    while node.op == "call_function" and node.target in MOVES:
+    while node.op == "call_function" and (node.target in MOVES or node.target is operator.getitem):
         node = node.all_input_nodes[0]
     if node.op == "call_function" and node.meta.get("fp4compile"):
         yield node
-        if node.target not in _BY_OVERLOAD:
+        if node.target not in BY_OVERLOAD:
             for source in node.all_input_nodes:
                 yield from _ops_of(source)
 
@@ -73,10 +48,9 @@ class Legalise:
         return 0
 
     def _kernel(self, node: Node, context: Context) -> str:
-        op = _BY_OVERLOAD.get(node.target)
-        if op is None:
+        if node.target not in BY_OVERLOAD:
             return f"{context.backend.name}/{_short(node)}"
-        name, declined = context.backend.kernel_for(op.name, _arguments(op, node, context.device), context.device)
+        name, declined = context.kernel(node)
         context.notes += [note for note in declined if note not in context.notes]
         return name
 

@@ -147,10 +147,11 @@ def trace(
     table = decompositions() if decompose else {}
     module = make_fx(function, decomposition_table=table, tracing_mode=mode, pre_dispatch=not decompose)(*inputs)
     module.graph.eliminate_dead_code()
-    for node in module.graph.find_nodes(op="call_function", target=OPS["quantize"].overload):
-        names = list(inspect.signature(OPS["quantize"].reference).parameters)
-        node.kwargs = {**dict(zip(names[3:], node.args[3:], strict=False)), **node.kwargs}  # as passes write them
-        node.args = node.args[:3]
+    for op in (OPS["quantize"], OPS["fake_quantize"]):
+        for node in module.graph.find_nodes(op="call_function", target=op.overload):
+            names = list(op.signature.parameters)
+            node.kwargs = {**dict(zip(names[3:], node.args[3:], strict=False)), **node.kwargs}  # as passes write them
+            node.args = node.args[:3]
     found = Captured(module, context(recipe))
     names = inspect.signature(function).parameters
     for name, node in zip(names, module.graph.find_nodes(op="placeholder"), strict=True):

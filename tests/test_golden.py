@@ -1,7 +1,8 @@
 """Each pass on the example of tests/golden/<pass>/model.py: the graph text before and after it.
 
 `make golden` writes the texts anew. A model gives `make() -> (module, example inputs)`, RECIPE and TRAIN; with
-EXPORT its inference graph comes from torch.export, parameters as attributes, and not from torch.compile.
+EXPORT its inference graph comes from torch.export, parameters as attributes, and not from torch.compile; with
+CLAIMS (op -> what of it) the backend is one that claims kernels for these ops.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import fp4compile
 from fp4compile.graph import Site, text
 from fp4compile.passes import PIPELINE
 from fp4compile.pipeline import Context, Pass, Pipeline
+from tests.claims import claiming
 from tests.helpers import NAMES, export
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,8 +75,9 @@ def _texts(name: str) -> dict[str, str]:
         observe(None, captured.module.graph, captured.context)
         Pipeline(PIPELINE).select(wanted).run(captured.module, captured.context, observe)
     else:
+        backend = claiming(**example.CLAIMS) if hasattr(example, "CLAIMS") else "reference"
         fp4compile.explain(
-            model, inputs, example.RECIPE, train=example.TRAIN, backend="reference", passes=wanted, observe=observe
+            model, inputs, example.RECIPE, train=example.TRAIN, backend=backend, passes=wanted, observe=observe
         )
     return found
 

@@ -1,0 +1,111 @@
+"""Training steps on a CUDA device: one linear layer against the oracle, a Llama block, CUDA graphs, dynamic shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fp4compile
+from tests.compile.common import LlamaBlock, Step, build, compiled, randn, relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
+RECIPES = (*PLAIN, "hif4", "mxfp4", "nvfp4")
+# One bf16 rounding of the result, and one of the oracle's.
+BF16_ROUNDING = 2.0**-8
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def cuda_step(model: nn.Module, x: Tensor, seed: int = 1) -> Step:
+    """Output and gradients of a step on the GPU, for a gradient of N(0, 1) that enters it."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(seed)
+    out = model(x)
+    out.backward(randn(*out.shape, seed=7, dtype=out.dtype).cuda())
+    inner = getattr(model, "_orig_mod", model)
+    grads = {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
+    return Step({"output": out.detach(), "input": x.grad, **grads})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("sizes", [(256, 128, 384), (250, 112, 200), (17, 72, 40)], ids=str)
+def test_one_layer_is_the_oracle_to_one_rounding(recipe: str, sizes: tuple[int, int, int]) -> None:
+    """Each of the three GEMMs reads the same operands as the oracle's, which runs op by op in fp32 accumulation."""
+    tokens, width, out = sizes
+    model = build(lambda: nn.Sequential(nn.Linear(width, out, bias=False))).bfloat16().cuda()
+    x = randn(tokens, width, dtype=torch.bfloat16).cuda()
+    wanted = cuda_step(compiled(model, recipe, "reference"), x)
+    torch._dynamo.reset()
+    got = cuda_step(compiled(model, recipe, "auto"), x)
+    for name, value in got.tensors.items():
+        assert relative(value, wanted.tensors[name], name) < BF16_ROUNDING, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_block_is_as_close_to_fp32_as_the_oracle(recipe: str) -> None:
+    """bf16 rounds between the layers in another order than the oracle: both are as far from an fp32 step."""
+    block = build(lambda: LlamaBlock(256, heads=4, groups=2, hidden=512)).cuda()
+    x = randn(2, 128, 256).cuda()
+    exact = cuda_step(compiled(block, recipe, "reference"), x)
+    block.bfloat16()
+    steps = {}
+    for backend in ("reference", "auto"):
+        torch._dynamo.reset()
+        steps[backend] = cuda_step(compiled(block, recipe, backend), x.bfloat16()).check()
+    for name, value in steps["auto"].tensors.items():
+        oracle = relative(steps["reference"].tensors[name].float(), exact.tensors[name], name)
+        assert relative(value.float(), exact.tensors[name], name) < 1.5 * oracle + BF16_ROUNDING, name
+
+
+@pytest.mark.parametrize("recipe", ["hif4", "mxfp4", "nvfp4"])
+def test_cuda_graphs_give_the_same_step(recipe: str) -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 64))).bfloat16().cuda()
+    x = randn(64, 128, dtype=torch.bfloat16).cuda()
+    usual = cuda_step(compiled(model, recipe, "auto"), x)
+    torch._dynamo.reset()
+    graphed = compiled(model, recipe, "auto", mode="reduce-overhead")
+    steps = []
+    for _ in range(4):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        steps.append(Step({name: value.clone() for name, value in cuda_step(graphed, x).tensors.items()}))
+    assert steps[-1].worst(usual) == 0.0
+    torch.compiler.cudagraph_mark_step_begin()
+    other = cuda_step(graphed, x, seed=2)
+    stochastic = recipe != "hif4"
+    assert (other.worst(usual) > 0.0) == stochastic  # the seed is drawn on the device, in every replay anew
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dynamic_shapes(recipe: str) -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))).bfloat16().cuda()
+
+    def graphs(run: nn.Module) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        for tokens in (48, 17, 130, 2):
+            cuda_step(run, randn(tokens, 64, dtype=torch.bfloat16).cuda())
+        return counters["stats"]["unique_graphs"]
+
+    usual = graphs(torch.compile(model, dynamic=True))
+    options = {"recipe": recipe}
+    assert 1 <= graphs(torch.compile(model, backend="fp4compile", dynamic=True, options=options)) <= usual
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_report_names_gpu_kernels(recipe: str) -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(128, 256, bias=False), nn.SiLU(), nn.Linear(256, 128, bias=False)))
+    cuda_step(compiled(model.bfloat16().cuda(), recipe, "auto"), randn(64, 128, dtype=torch.bfloat16).cuda())
+    report = fp4compile.last_report()
+    assert report is not None
+    for site in report.sites:
+        assert site.status == "fp4"
+        assert "reference" not in site.kernel, f"{site.path} {site.role}: {site.kernel}; {report.notes}"
