@@ -2,9 +2,9 @@
 
     tokens, position -> 32 blocks on a static KV cache -> argmax -> tokens, position + 1
 
-Every block is compiled, once for all of them, and the whole step is one CUDA graph, for both models alike. Random
-weights, embedding and output head shared and in BF16; 128 tokens after a prompt of 128, whose keys and values are
-random: nothing but decoding is timed.
+Every block is compiled, once for all of them, q, k and v are one GEMM, so are gate and up, and the whole step is one
+CUDA graph, for both models alike. Random weights, embedding and output head shared and in BF16; 128 tokens after a
+prompt of 128, whose keys and values are random: nothing but decoding is timed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.gpu.timing import Run, graphed, turns
 from fp4compile.packed import PackedLinear, PackedWeight
 from fp4compile.recipe import HEADS, RECIPES, Recipe
 
-SHAPE = Shape()
+SHAPE = Shape(joined=True)
 BASE, RECIPE = "bf16", "hif4-w4a16"
 PROMPT, TOKENS = 128, 128
 BATCHES = (1, 16)

@@ -8,7 +8,7 @@ where blocks are compiled one by one: no fusion is lost against compiling the wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,11 @@ _THETA = 500_000.0
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama; the defaults are those of Llama 3 8B."""
+    """Sizes of a Llama; the defaults are those of Llama 3 8B.
+
+    Attributes:
+        joined: whether layers that read one input are one GEMM, as inference engines have them.
+    """
 
     dim: int = 4096
     hidden: int = 14336
@@ -31,6 +35,7 @@ class Shape:
     kv_heads: int = 8
     layers: int = 32
     vocabulary: int = 128_256
+    joined: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -56,24 +61,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
+class Projections(nn.Module):
+    """Linear layers that read one input, one by one or joined to one GEMM: x -> a tensor for each."""
+
+    def __init__(self, inputs: int, outputs: Mapping[str, int], joined: bool) -> None:
+        super().__init__()
+        self.sizes = list(outputs.values())
+        layers = {"_".join(outputs): sum(self.sizes)} if joined else outputs
+        self.layers = nn.ModuleDict({name: linear(inputs, size) for name, size in layers.items()})
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        found = [layer(x) for layer in self.layers.values()]
+        return found if len(found) > 1 else found[0].split(self.sizes, -1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention, causal, or over a cache of fixed length."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.q_proj = linear(shape.dim, shape.heads * shape.head_dim)
-        self.k_proj = linear(shape.dim, shape.kv_heads * shape.head_dim)
-        self.v_proj = linear(shape.dim, shape.kv_heads * shape.head_dim)
+        keys = shape.kv_heads * shape.head_dim
+        self.inputs = Projections(
+            shape.dim, {"q_proj": shape.heads * shape.head_dim, "k_proj": keys, "v_proj": keys}, shape.joined
+        )
         self.o_proj = linear(shape.heads * shape.head_dim, shape.dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), cos, sin)
-        k = rotate(self._heads(self.k_proj(x)), cos, sin)
-        v = self._heads(self.v_proj(x))
+        q, k, v = map(self._heads, self.inputs(x))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         else:
@@ -101,12 +120,12 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_proj = linear(shape.dim, shape.hidden)
-        self.up_proj = linear(shape.dim, shape.hidden)
+        self.inputs = Projections(shape.dim, {"gate_proj": shape.hidden, "up_proj": shape.hidden}, shape.joined)
         self.down_proj = linear(shape.hidden, shape.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.inputs(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

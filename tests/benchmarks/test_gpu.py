@@ -367,7 +367,7 @@ def test_packed_models_share_what_is_not_packed() -> None:
     model = made(Llama, TINY, "cpu")
     twin = generate.packed(model, "hif4-w4a16")
     assert twin.embedding is model.embedding and twin.head.lm_head is model.head.lm_head
-    linear, packed = model.layers[1].mlp.up_proj, twin.layers[1].mlp.up_proj
+    linear, packed = model.layers[1].mlp.down_proj, twin.layers[1].mlp.down_proj
     assert isinstance(linear, nn.Linear) and isinstance(packed, PackedLinear)
     assert sum(isinstance(m, PackedLinear) for m in twin.modules()) == 7 * TINY.layers
     assert generate.linear_bytes(twin) / generate.linear_bytes(model) == pytest.approx(4.5 / 16)
