@@ -22,6 +22,11 @@ def input(arguments: Mapping[str, Any]) -> str | None:
     return None if x.dim() else "x is 0-d"
 
 
+def unproduced(arguments: Mapping[str, Any]) -> str | None:
+    """A tensor that is read as it is."""
+    return "it does not compute what it quantises" if arguments["producer"] else None
+
+
 def scalars(arguments: Mapping[str, Any]) -> str | None:
     """Scale and seeds are single numbers of their dtype."""
     for name, dtype in (("tensor_scale", torch.float32), ("seed", torch.int64), ("sign_seed", torch.int64)):

@@ -90,6 +90,10 @@ class Backend(ABC):
     ) -> Callable[..., Any]:
         """Compile a Dynamo graph. Must call `rewrite` once on its joint (or inference) graph before lowering it."""
 
+    def runtime_notes(self) -> list[str]:
+        """What the kernels that ran so far have to report; may wait for the device."""
+        return []
+
     def kernel_for(self, op: str, arguments: Mapping[str, Any], device: str) -> tuple[str, list[str]]:
         """The name of the kernel that will run `op`, and why each earlier one declined."""
         declined: list[str] = []

@@ -1,7 +1,7 @@
 """Encode, decode and fake-quantise any format: plain torch, fp32 arithmetic, the bit-exact oracle of every kernel.
 
 A tensor becomes blocks `[..., blocks, n]` along the contraction axis (n = b*b for 2-D weight blocks, b by b tiles).
-The row of `_SCALINGS` named by the format's first scale level chooses the scales and gives t = |x| / scale, which is
+The row of `SCALINGS` named by the format's first scale level chooses the scales and gives t = |x| / scale, which is
 rounded on the element's grid. Nothing here depends on a format's name, only on its row.
 """
 
@@ -28,7 +28,7 @@ _E6M2_NAN = 0xFF
 _E8M0_NAN = 0xFF
 _E4M3_NAN = 0x7F
 # The least tensor scale: with the least E4M3 scale, 2**-6, its reciprocal is the largest power of two in fp32.
-_TENSOR_SCALE_MIN = 2.0**-121
+TENSOR_SCALE_MIN = 2.0**-121
 # The word of a group of HiF4 that holds NaN or Inf: level-2 and level-3 bits zero.
 _INT32_MASK = 0xFFFFFFFF
 
@@ -63,10 +63,28 @@ Decode = Callable[[Tensor, Format], Tensor]
 
 
 @dataclass(frozen=True)
-class _Scaling:
+class Scaling:
+    """How block scales of one dtype are found and read; `nan` is what is stored for a block that is not finite."""
+
     encode: Encode
     decode: Decode
     nan: int
+
+
+def e8m0_up_from(element: Element, rule: str) -> int:
+    """The fraction of a block's maximum, as 23 bits, from which its E8M0 exponent moves up by one."""
+    top = element.max
+    emax = math.floor(math.log2(top))
+
+    def fraction(m: float) -> int:
+        return int((m / 2.0**emax - 1) * 2**23)
+
+    return {
+        "floor": 1 << 23,  # which no fraction reaches
+        "ceil": 1,
+        "even": fraction((top + 2.0 ** (emax + 1)) / 2),  # halfway between the largest element and the next power of 2
+        "rceil": fraction(top) + 1,
+    }[rule]
 
 
 def _encode_e8m0(
@@ -74,17 +92,10 @@ def _encode_e8m0(
 ) -> tuple[Tensor, Tensor]:
     amax = mag.amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
-    m, f = mantissa * 2.0, exponent.to(torch.int64) - 1
+    fraction, f = ((mantissa * 2.0 - 1.0) * 2.0**23).to(torch.int64), exponent.to(torch.int64) - 1
     top = fmt.element.max
     emax = math.floor(math.log2(top))
-    # The value halfway between the largest element and the next power of two, where "even" moves up.
-    halfway = (top + 2.0 ** (emax + 1)) / 2
-    up = {
-        "floor": torch.zeros_like(m, dtype=torch.bool),
-        "ceil": m > 1.0,
-        "even": m >= halfway / 2.0**emax,
-        "rceil": m > top / 2.0**emax,
-    }[rule]
+    up = fraction >= e8m0_up_from(fmt.element, rule)
     # The largest element times 2**k must be finite in the output dtype.
     k_max = math.floor(math.log2(largest / top))
     k = (f - emax + up).clamp(-127, min(k_max, 127))
@@ -176,10 +187,10 @@ def _decode_e6m2(stored: Tensor, fmt: Format) -> Tensor:
     return scale * _pow2(exponent)
 
 
-_SCALINGS = {
-    "e8m0": _Scaling(_encode_e8m0, _decode_e8m0, _E8M0_NAN),
-    "e4m3": _Scaling(_encode_e4m3, _decode_e4m3, _E4M3_NAN),
-    "e6m2": _Scaling(_encode_e6m2, _decode_e6m2, _E6M2_NAN),
+SCALINGS = {
+    "e8m0": Scaling(_encode_e8m0, _decode_e8m0, _E8M0_NAN),
+    "e4m3": Scaling(_encode_e4m3, _decode_e4m3, _E4M3_NAN),
+    "e6m2": Scaling(_encode_e6m2, _decode_e6m2, _E6M2_NAN),
 }
 
 
@@ -259,7 +270,7 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     mag = x.detach().abs().to(torch.float32)
     mag = torch.where(mag.isfinite(), mag, 0.0)
     amax = mag.amax() if mag.numel() else mag.new_zeros(())
-    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=_TENSOR_SCALE_MIN)
+    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=TENSOR_SCALE_MIN)
     return torch.where(amax == 0, 1.0, scale)
 
 
@@ -282,7 +293,7 @@ def quantize(
         `fmt.scale_dtype`, `[..., blocks]`, or `[..., R/b, K/b]` for 2-D blocks.
     """
     edge = fmt.block_2d if block_2d else None
-    scaling = _SCALINGS[fmt.levels[0].dtype]
+    scaling = SCALINGS[fmt.levels[0].dtype]
     moved = x.detach().movedim(axis, -1)
     values = _to_blocks(moved.to(torch.float32), fmt.block, edge)
     bad = ~values.isfinite().all(-1, keepdim=True)
@@ -320,7 +331,7 @@ def dequantize(
     edge = fmt.block_2d if block_2d else None
     element = torch.tensor(fmt.element.values, dtype=torch.float32, device=codes.device)
     values = _to_blocks(element[unpack(codes).to(torch.int64)], fmt.block, edge)
-    values = values * _SCALINGS[fmt.levels[0].dtype].decode(scales, fmt)
+    values = values * SCALINGS[fmt.levels[0].dtype].decode(scales, fmt)
     if tensor_scale is not None:
         values = values * tensor_scale
     rows = codes.shape[-2] if codes.dim() > 1 else 1

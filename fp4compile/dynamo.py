@@ -79,10 +79,11 @@ class Ledger:
         self._latest = Counter(counters["graph_break"])
 
     def last(self) -> Report | None:
-        """The merged report of the latest session, or None before the first; it names graph breaks."""
+        """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
         report = merged(self._reports)
         if report:
             report.notes += graph_break_notes(Counter(counters["graph_break"]) - self._breaks)
+            report.notes += get_backend(report.backend).runtime_notes()
         return report
 
 

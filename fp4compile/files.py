@@ -19,3 +19,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def cache_folder() -> Path:
+    """Where what was built or measured on this machine is kept, per user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fp4compile"

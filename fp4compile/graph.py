@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ import torch
 from torch.fx import Graph, Node
 
 from fp4compile.errors import RewriteError
+from fp4compile.ops import QUANTISING
+from fp4compile.producer import function_of
 from fp4compile.recipe import OPERANDS, Operand, Role
 from fp4compile.report import Status
 
@@ -45,6 +47,16 @@ GEMM_OPS: Mapping[Any, GemmOp] = {
 
 # Names of ops of other libraries that hide a GEMM (`transformers.grouped_mm_fallback`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
+
+# Ops that leave every element where it is in a contiguous tensor.
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.alias.default,
+}
 
 # Ops that move values without changing them: looking through them finds where an operand comes from.
 MOVES = {
@@ -133,6 +145,33 @@ def origin(node: Node) -> Node:
     while node.op == "call_function" and node.target in MOVES:
         node = node.all_input_nodes[0]
     return node
+
+
+def below_views(node: Node) -> Node:
+    """The node under views that leave every element where it is."""
+    while node.op == "call_function" and node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """The users of a node and of its views."""
+    for user in node.users:
+        if user.target in VIEWS:
+            yield from readers(user)
+        else:
+            yield user
+
+
+def is_backward(node: Node) -> bool:
+    """Whether a node of a joint graph belongs to the backward."""
+    return "backward" in node.meta.get("partitioner_tag", "")
+
+
+def only_quantised(x: Node) -> bool:
+    """Whether an elementwise op makes a tensor that nothing reads but quantisations: then it need not be kept."""
+    root = below_views(x)
+    return function_of(root) is not None and all(reader.target in QUANTISING for reader in readers(root))
 
 
 def digraph(graph: Graph) -> nx.DiGraph:
@@ -362,7 +401,7 @@ def _type(value: Any) -> str:
         short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "float8_e4m3fn": "f8"}
         name = str(value.dtype).removeprefix("torch.")
         match = re.fullmatch(r"([a-z]+)(\d*)", name)
-        name = short.get(match[1], match[1]) + match[2] if match else name
+        name = short.get(match[1], match[1]) + match[2] if match else short.get(name, name)
         return f"{name}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, tuple | list):
         return "(" + ", ".join(_type(v) for v in value) + ")"

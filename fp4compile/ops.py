@@ -7,18 +7,21 @@ runs inside one is the same eager and compiled, so the bits are too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4compile import codec
+from fp4compile import codec, rowwise
 from fp4compile.errors import FP4ValueError
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as _hadamard
+from fp4compile.producer import parse, produce
 
 LIBRARY = torch.library.Library("fp4compile", "DEF")
 
@@ -48,6 +51,11 @@ class Op:
         """The callable that graphs hold: `torch.ops.fp4compile.<name>.default`."""
         return getattr(torch.ops.fp4compile, self.name).default
 
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """Names and defaults of the arguments."""
+        return inspect.signature(self.reference)
+
 
 def _ceil(size: Any, block: int) -> Any:
     """size / block rounded up; keeps symbolic sizes symbolic."""
@@ -69,7 +77,19 @@ def _transform(x: Tensor, axis: int, hadamard: int, sign_seed: Tensor | None) ->
     return _hadamard(x, axis, hadamard, sign_seed) if hadamard else x
 
 
-def _tensor_scale(x: Tensor, format: str, axis: int = -1, hadamard: int = 0, sign_seed: Tensor | None = None) -> Tensor:
+def _tensor_scale(
+    x: Tensor,
+    format: str,
+    axis: int = -1,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> Tensor:
+    x = produce(x, (p1, p2, p3, p4), producer)
     return codec.tensor_scale(_transform(x, axis, hadamard, sign_seed), FORMATS[format])
 
 
@@ -149,15 +169,73 @@ def _fake_quantize(
     hadamard: int = 0,
     sign_seed: Tensor | None = None,
     fold: bool = True,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
 ) -> Tensor:
     fmt = FORMATS[format]
+    x = produce(x, (p1, p2, p3, p4), producer)
     t = _transform(x, axis, hadamard, sign_seed)
     rule = fmt.rule(scale_rule)
     return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
 
 
-def _fake_quantize_fake(x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any) -> Tensor:
-    return x.new_empty(_transformed_shape(x, axis, args[6] if len(args) > 6 else hadamard))
+def _produced_dtype(x: Tensor, producer: str) -> torch.dtype:
+    return parse(producer).dtype if producer else x.dtype
+
+
+def _fake_quantize_fake(
+    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, producer: str = "", **kwargs: Any
+) -> Tensor:
+    hadamard, producer = (args[6] if len(args) > 6 else hadamard), (args[13] if len(args) > 13 else producer)
+    return x.new_empty(_transformed_shape(x, axis, hadamard), dtype=_produced_dtype(x, producer))
+
+
+def _fake_quantize_both(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    block_2d: Sequence[bool],
+    tensor_scale_0: Tensor | None = None,
+    tensor_scale_1: Tensor | None = None,
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+    fold: bool = True,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> tuple[Tensor, Tensor]:
+    x = produce(x, (p1, p2, p3, p4), producer)
+    first, second = (
+        _fake_quantize(x, format, axis, mode, scale_rule, squares, scale, seed, number, size, sign_seed, fold)
+        for axis, (mode, squares, scale, number, size) in enumerate(
+            zip(rounding, block_2d, (tensor_scale_0, tensor_scale_1), stream, hadamard, strict=True)
+        )
+    )
+    return first, second
+
+
+def _fake_quantize_both_fake(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    *args: Any,
+    producer: str = "",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    dtype = _produced_dtype(x, args[10] if len(args) > 10 else producer)
+    first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(hadamard))
+    return first, second
 
 
 def _hadamard_fake(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Tensor:
@@ -227,6 +305,99 @@ def _draw_seed_fake(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 
+def _quantize_rowwise(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    fmt, axis = FORMATS[format], _axis(axis, x.dim())
+    t = _transform(x, axis, hadamard, sign_seed)
+    return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream)
+
+
+def _quantize_rowwise_fake(
+    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    shape = _transformed_shape(x, axis, args[4] if len(args) > 4 else hadamard)
+    size, block = shape.pop(axis), FORMATS[format].block
+    (rows,), blocks = shape, _ceil(size, block)
+    return (
+        x.new_empty([rows, blocks * block], dtype=torch.float8_e4m3fn),
+        x.new_empty([rows], dtype=torch.float32),
+        x.new_empty([blocks, rows], dtype=torch.uint8),
+        x.new_empty([_ceil(rows, rowwise.FLAGGED)], dtype=torch.uint8),
+    )
+
+
+def _quantize_rowwise_both(
+    x: Tensor,
+    format: str,
+    rounding: Sequence[str],
+    scale_rule: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    rows = zip(rounding, scale_rule, stream, hadamard, strict=True)
+    made = (
+        _quantize_rowwise(x, format, axis, mode, rule, seed, number, size, sign_seed)
+        for axis, (mode, rule, number, size) in enumerate(rows)
+    )
+    return tuple(tensor for four in made for tensor in four)
+
+
+def _quantize_rowwise_both_fake(
+    x: Tensor,
+    format: str,
+    rounding: Sequence[str],
+    scale_rule: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    made = (_quantize_rowwise_fake(x, format, axis, hadamard=size) for axis, size in enumerate(hadamard))
+    return tuple(tensor for four in made for tensor in four)
+
+
+def _mm_rowwise(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    out = rowwise.dequantize(a, a_scale, a_exponents) @ rowwise.dequantize(b, b_scale, b_exponents).t()
+    return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
+
+
+def _mm_rowwise_fake(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +450,9 @@ def _tensor_scale_samples() -> Iterator[Mapping[str, Any]]:
             for x, axis in _inputs():
                 yield {"x": x, "format": name}
                 yield {"x": x, "format": name, "axis": axis, "hadamard": 16}
+            for given in _produced_inputs():
+                yield {**given, "format": name}
+                yield {**given, "format": name, "axis": 0, "hadamard": 16}
 
 
 def _dequantize_samples() -> Iterator[Mapping[str, Any]]:
@@ -300,11 +474,55 @@ def _dequantize_samples() -> Iterator[Mapping[str, Any]]:
             }
 
 
+# Exact in every order and on every backend: sums and products alone.
+_GATED = (
+    "full row full: t0 = cast.float32(a0); t1 = mul.float32(t0, a1); t2 = cast.bfloat16(t1); t3 = mul.bfloat16(t2, a2)"
+)
+_SHIFTED = "full column scalar: t0 = mul.float32(a0, a1); t1 = sub.float32(1.0, t0); t2 = add.float32(t1, a2)"
+
+
+def _produced_inputs() -> Iterator[dict[str, Any]]:
+    """Matrices, whole and ragged, that a producer makes."""
+    for rows, columns in ((64, 192), (50, 70), (3, 33)):
+        x, gate = _tensor(rows, columns, dtype=torch.bfloat16), _tensor(rows, columns, dtype=torch.bfloat16, seed=1)
+        gate[0, 3] = float("nan")
+        yield {"x": x, "p1": _tensor(rows, 1, seed=2), "p2": gate, "producer": _GATED}
+        yield {"x": _tensor(rows, columns), "p1": _tensor(1, columns), "p2": _tensor(1), "producer": _SHIFTED}
+
+
 def _fake_quantize_samples() -> Iterator[Mapping[str, Any]]:
     for sample in _quantize_samples():
         yield sample
         if sample.get("tensor_scale") is not None:
             yield {**sample, "fold": False}
+    for name in FORMATS:
+        for given in _produced_inputs():
+            for axis in (0, 1):
+                base = {**given, "format": name, "axis": axis}
+                yield base
+                stochastic = {"rounding": "stochastic", "seed": _SEED, "stream": 7, "scale_rule": "truncation-free"}
+                yield {**base, **stochastic, "hadamard": 16}
+
+
+def _fake_quantize_both_samples() -> Iterator[Mapping[str, Any]]:
+    for name, fmt in FORMATS.items():
+        plain = {"rounding": ["nearest"] * 2, "stream": [3, 4], "hadamard": [0, 0], "block_2d": [False] * 2}
+        wide = _tensor(128, 192, dtype=torch.bfloat16, seed=1)
+        wide[3, 5], wide[100, 70:140] = float("nan"), 0.0
+        for x in (wide, _tensor(64, 128), _tensor(48, 40).t()):
+            base = {"x": x, "format": name, "scale_rule": None, "seed": _SEED, **plain}
+            yield base
+            yield {**base, "hadamard": [64, 16], "sign_seed": _SEED, "scale_rule": "truncation-free"}
+            yield {**base, "rounding": ["stochastic", "nearest"], "scale_rule": "truncation-free"}
+            yield {**base, "rounding": ["stochastic"] * 2, "hadamard": [16, 0]}
+            if fmt.block_2d:
+                yield {**base, "block_2d": [True, False]}
+            if fmt.has_tensor_scale:
+                scales = {"tensor_scale_0": codec.tensor_scale(x, fmt), "tensor_scale_1": torch.tensor(0.01)}
+                yield {**base, **scales}
+                yield {**base, **scales, "rounding": ["nearest", "stochastic"], "fold": False}
+        for given in _produced_inputs():
+            yield {**given, "format": name, "scale_rule": None, **plain}
 
 
 def _hadamard_samples() -> Iterator[Mapping[str, Any]]:
@@ -330,6 +548,61 @@ def _mm_samples() -> Iterator[Mapping[str, Any]]:
             yield {"a": a_codes, "a_scales": a_scales, "a_format": name, **weight, "dtype": torch.bfloat16}
 
 
+def _rowwise_formats() -> list[str]:
+    return [name for name, fmt in FORMATS.items() if rowwise.refusal(fmt) is None]
+
+
+def _rowwise_inputs() -> Iterator[Tensor]:
+    """Matrices of `_inputs` and what tries windows: ranges beyond one, samples of zeros, several groups of rows."""
+    yield from (x.contiguous() for x, _ in _inputs() if x.dim() == 2 and x.numel())
+    wide = _tensor(300, 272, seed=3)
+    wide[7, 130:140] *= 2.0**9
+    wide[140, 64:96] *= 2.0**-20
+    wide[200:], wide[250, 35] = 0.0, 1.0
+    wide[:, 32:160] = 0.0
+    yield wide.bfloat16()
+    yield _tensor(160, 64, seed=4) * 2.0**-110
+
+
+def _quantize_rowwise_samples() -> Iterator[Mapping[str, Any]]:
+    for name in _rowwise_formats():
+        for x in _rowwise_inputs():
+            for axis in (0, 1):
+                base = {"x": x, "format": name, "axis": axis}
+                stochastic = {"rounding": "stochastic", "seed": _SEED, "stream": 7}
+                yield base
+                yield {**base, "scale_rule": "truncation-free", "hadamard": 32, "sign_seed": _SEED}
+                yield {**base, **stochastic, "scale_rule": "truncation-free"}
+                yield {**base, **stochastic, "hadamard": 16}
+
+
+def _quantize_rowwise_both_samples() -> Iterator[Mapping[str, Any]]:
+    for name in _rowwise_formats():
+        for x in _rowwise_inputs():
+            base = {"x": x, "format": name, "seed": _SEED, "stream": [3, 4], "scale_rule": ["floor", "rceil"]}
+            yield {**base, "rounding": ["nearest", "nearest"], "hadamard": [0, 0]}
+            yield {**base, "rounding": ["stochastic", "nearest"], "hadamard": [32, 0]}
+            yield {**base, "rounding": ["stochastic", "stochastic"], "hadamard": [16, 64]}
+
+
+def _mm_rowwise_samples() -> Iterator[Mapping[str, Any]]:
+    names = ("", "_scale", "_exponents", "_flags")
+    for format in _rowwise_formats():
+        for size, dtype in ((70, torch.float32), (256, torch.bfloat16), (64, torch.float16)):
+            a, b = _tensor(150, size, seed=1), _tensor(144, size, seed=2)
+            far, lost = a.clone(), a.clone()
+            far[3] *= 2.0 ** torch.arange(size).remainder(64).floor_divide(32).mul(14)
+            lost[2, 5], lost[140, 3] = float("nan"), float("inf")
+            for left in (a, far, lost):
+                operands = {
+                    f"{side}{name}": tensor
+                    for side, x in (("a", left), ("b", b))
+                    for name, tensor in zip(names, _quantize_rowwise(x, format, 1), strict=True)
+                }
+                yield {**operands, "dtype": dtype}
+                yield {**operands, "dtype": dtype, "bias": _tensor(144, dtype=dtype, seed=3)}
+
+
 def _draw_seed_samples() -> Iterator[Mapping[str, Any]]:
     yield {"device": torch.device("cpu")}
 
@@ -339,10 +612,13 @@ _QUANTIZE_ARGS = (
     "Tensor? tensor_scale=None, Tensor? seed=None, int stream=0, int hadamard=0, Tensor? sign_seed=None"
 )
 
+# The tensor is the producer of x and the other operands; x itself where there is none.
+_PRODUCER_ARGS = "Tensor? p1=None, Tensor? p2=None, Tensor? p3=None, Tensor? p4=None, str producer=''"
+
 _ROWS = (
     Op(
         "tensor_scale",
-        "(Tensor x, str format, int axis=-1, int hadamard=0, Tensor? sign_seed=None) -> Tensor",
+        f"(Tensor x, str format, int axis=-1, int hadamard=0, Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> Tensor",
         _tensor_scale,
         lambda x, *args, **kwargs: x.new_empty((), dtype=torch.float32),
         _tensor_scale_samples,
@@ -364,10 +640,20 @@ _ROWS = (
     ),
     Op(
         "fake_quantize",
-        f"({_QUANTIZE_ARGS}, bool fold=True) -> Tensor",
+        f"({_QUANTIZE_ARGS}, bool fold=True, {_PRODUCER_ARGS}) -> Tensor",
         _fake_quantize,
         _fake_quantize_fake,
         _fake_quantize_samples,
+    ),
+    Op(
+        # Along axis 0 and along axis 1 of a matrix, in this order; lists give an option per axis.
+        "fake_quantize_both",
+        "(Tensor x, str format, str? scale_rule, str[] rounding, int[] stream, int[] hadamard, bool[] block_2d, "
+        "Tensor? tensor_scale_0=None, Tensor? tensor_scale_1=None, Tensor? seed=None, Tensor? sign_seed=None, "
+        f"bool fold=True, {_PRODUCER_ARGS}) -> (Tensor, Tensor)",
+        _fake_quantize_both,
+        _fake_quantize_both_fake,
+        _fake_quantize_both_samples,
     ),
     Op(
         "hadamard",
@@ -386,6 +672,31 @@ _ROWS = (
         _mm_samples,
     ),
     Op(
+        "quantize_rowwise",
+        "(Tensor x, str format, int axis, str rounding='nearest', str? scale_rule=None, Tensor? seed=None, "
+        "int stream=0, int hadamard=0, Tensor? sign_seed=None) -> (Tensor, Tensor, Tensor, Tensor)",
+        _quantize_rowwise,
+        _quantize_rowwise_fake,
+        _quantize_rowwise_samples,
+    ),
+    Op(
+        # Along axis 0 and along axis 1, in this order; options are given per axis.
+        "quantize_rowwise_both",
+        "(Tensor x, str format, str[] rounding, str[] scale_rule, int[] stream, int[] hadamard, Tensor? seed=None, "
+        "Tensor? sign_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _quantize_rowwise_both,
+        _quantize_rowwise_both_fake,
+        _quantize_rowwise_both_samples,
+    ),
+    Op(
+        "mm_rowwise",
+        "(Tensor a, Tensor a_scale, Tensor a_exponents, Tensor a_flags, Tensor b, Tensor b_scale, "
+        "Tensor b_exponents, Tensor b_flags, ScalarType dtype, Tensor? bias=None) -> Tensor",
+        _mm_rowwise,
+        _mm_rowwise_fake,
+        _mm_rowwise_samples,
+    ),
+    Op(
         "draw_seed",
         "(Device device) -> Tensor",
         _draw_seed,
@@ -402,6 +713,10 @@ for _op in _ROWS:
     LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fp4compile::{_op.name}", _op.fake, lib=LIBRARY)
 
+BY_OVERLOAD: Mapping[Any, Op] = MappingProxyType({op.overload: op for op in _ROWS})
+# Ops that read a tensor x only to quantise it.
+QUANTISING = frozenset(op.overload for op in _ROWS if op.name != "hadamard" and "x" in op.signature.parameters)
+
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (divisor,) = ctx.saved_tensors
@@ -411,8 +726,8 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    if inputs[9]:
-        raise FP4ValueError("fake_quantize with a Hadamard transform has no straight-through gradient")
+    if inputs[9] or inputs[16]:
+        raise FP4ValueError("fake_quantize with a Hadamard transform or a producer has no straight-through gradient")
     ctx.others = len(inputs) - 1
     tensor_scale, fold = inputs[6], inputs[11]
     ctx.save_for_backward(None if fold else tensor_scale)

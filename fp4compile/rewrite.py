@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node, map_arg
@@ -59,6 +59,18 @@ def arguments(node: Node) -> dict[str, Any]:
     bound = BY_OVERLOAD[node.target].signature.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def fake_quantized(operand: Node, contraction: int) -> Node | None:
+    """The fake quantisation along the contraction axis that makes an operand, below one transposition."""
+    transposed = operand.target is torch.ops.aten.permute.default and list(cast(list[int], operand.args[1])) == [1, 0]
+    inner = operand.all_input_nodes[0] if transposed else operand
+    if inner.target is not OPS["fake_quantize"].overload or inner.meta["val"].dim() != 2:
+        return None
+    axis = cast(int, inner.args[2]) % 2
+    along = axis == (1 - contraction if transposed else contraction)
+    given = arguments(inner)
+    return inner if along and (given["tensor_scale"] is None or not given["fold"]) else None
 
 
 def _hashable(value: Any) -> Any:

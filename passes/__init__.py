@@ -3,6 +3,7 @@
 if __name__ != "fp4compile.passes":
     raise ImportError("import fp4compile.passes, not the top-level folder: a second copy would register its ops twice")
 
+from fp4compile.passes.absorb import Absorb
 from fp4compile.passes.annotate import Annotate
 from fp4compile.passes.canonicalise import Canonicalise
 from fp4compile.passes.find_sites import FindSites
@@ -10,6 +11,9 @@ from fp4compile.passes.fold import Fold
 from fp4compile.passes.fuse import Fuse
 from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
+from fp4compile.passes.pack import Pack
+from fp4compile.passes.pair import Pair
+from fp4compile.passes.rescale import Rescale
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
 
@@ -22,11 +26,16 @@ PIPELINE = (
     Share(),  # after stabilise: two quantisations are the same only with the same transform, rounding and blocks
     Fold(),  # before fuse: a folded weight keeps its packed form, all else becomes fake quantisation
     Fuse(),
+    Pack(),
+    Rescale(),  # after pack: FP4 tensor cores are faster still
+    Pair(),  # what is left of fake quantisation is read from one tensor
+    Absorb(),  # last: into whatever op now reads a tensor to quantise it
     Legalise(),
 )
 
 __all__ = [
     "PIPELINE",
+    "Absorb",
     "Annotate",
     "Canonicalise",
     "FindSites",
@@ -34,6 +43,9 @@ __all__ = [
     "Fuse",
     "InsertQDQ",
     "Legalise",
+    "Pack",
+    "Pair",
+    "Rescale",
     "Share",
     "Stabilise",
 ]

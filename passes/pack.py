@@ -19,23 +19,11 @@ from torch.fx import Graph, GraphModule, Node
 from fp4compile.graph import GEMM_OPS, Site
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
-from fp4compile.rewrite import arguments, call, merge_equal, size_of
+from fp4compile.rewrite import arguments, call, fake_quantized, merge_equal, size_of
 
 aten = torch.ops.aten
 FAKE_QUANTIZE, QUANTIZE, MM = (OPS[name].overload for name in ("fake_quantize", "quantize", "mm"))
 _GEMMS = (aten.mm.default, aten.addmm.default, MM)
-
-
-def _fake_quantized(operand: Node, contraction: int) -> Node | None:
-    """The fake quantisation along the contraction axis that makes an operand, below one transposition."""
-    transposed = operand.target is aten.permute.default and list(cast(list[int], operand.args[1])) == [1, 0]
-    inner = operand.all_input_nodes[0] if transposed else operand
-    if inner.target is not FAKE_QUANTIZE or inner.meta["val"].dim() != 2:
-        return None
-    axis = cast(int, inner.args[2]) % 2
-    along = axis == (1 - contraction if transposed else contraction)
-    given = arguments(inner)
-    return inner if along and (given["tensor_scale"] is None or not given["fold"]) else None
 
 
 def _operands(node: Node) -> tuple[Node, Node]:
@@ -56,9 +44,9 @@ def _packed(graph: Graph, fake: Node, side: str) -> tuple[Node, dict[str, Any]]:
 def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     node = site.node
     a, b = _operands(node)
-    left = _fake_quantized(a, 1)
+    left = fake_quantized(a, 1)
     packed_b = bool(node.kwargs.get("b_format"))
-    right = None if packed_b else _fake_quantized(b, 0)
+    right = None if packed_b else fake_quantized(b, 0)
     if left is None or arguments(left)["block_2d"] or (right is None and not packed_b):
         return False
     options: dict[str, Any] = dict(node.kwargs)

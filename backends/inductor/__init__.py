@@ -47,6 +47,9 @@ class InductorBackend(Backend):
     doc = "the default: torch's Inductor on CPU and CUDA, FP4 codecs as opaque kernels"
     kernels = cpu.KERNELS + triton.KERNELS
 
+    def runtime_notes(self) -> list[str]:
+        return triton.rowwise.notes()
+
     def compile(
         self,
         graph_module: GraphModule,

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.codec import E4M3_MAX, e6m2_max
+from fp4compile.codec import E4M3_MAX, e6m2_max, e8m0_up_from
+from fp4compile.files import cache_folder
 from fp4compile.formats import FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
 from fp4compile.ops import OPS
@@ -63,12 +64,6 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     return platform.processor()
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept, per user."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fp4compile"
 
 
 def _library_path(compiler: Sequence[str]) -> Path:
@@ -173,7 +168,6 @@ _OPS = {"fake_quantize": 0, "quantize": 1, "dequantize": 2, "tensor_scale": 3, "
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALINGS = {"e6m2": 0, "e8m0": 1, "e4m3": 2}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_NEVER = 1 << 23  # a fraction that no mantissa reaches
 
 
 def _element(element: Element) -> int | No:
@@ -217,18 +211,11 @@ def _rule_fields(fmt: Format, rule: str, dtype: torch.dtype) -> dict[str, Any]:
     if fmt.levels[0].dtype != "e8m0":
         return {"truncation_free": int(rule == "truncation-free"), "scale_max": e6m2_max(largest)}
     top = fmt.element.max
-    emax = math.floor(math.log2(top))
-
-    def fraction(m: float) -> int:
-        return int((m / 2.0**emax - 1) * 2**23)
-
-    up_from = {
-        "floor": _NEVER,
-        "ceil": 1,
-        "even": fraction((top + 2.0 ** (emax + 1)) / 2),
-        "rceil": fraction(top) + 1,
-    }[rule]
-    return {"emax": emax, "up_from": up_from, "k_max": min(math.floor(math.log2(largest / top)), 127)}
+    return {
+        "emax": math.floor(math.log2(top)),
+        "up_from": e8m0_up_from(fmt.element, rule),
+        "k_max": min(math.floor(math.log2(largest / top)), 127),
+    }
 
 
 @cache
@@ -393,7 +380,7 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.permute(order).is_contiguous()
 
 
-def tensor_scale(x: Tensor, format: str, axis: int, hadamard: int, sign_seed: Tensor | None) -> Tensor:
+def tensor_scale(x: Tensor, format: str, axis: int, hadamard: int, sign_seed: Tensor | None, **unused: Any) -> Tensor:
     """The op `tensor_scale`."""
     y = torch.ones((), dtype=torch.float32)
     if not x.numel():
@@ -521,10 +508,10 @@ _QUANTIZING = (_on_cpu, checks.input, _format_known, checks.scalars, _transform_
 KERNELS: tuple[Kernel, ...] = tuple(
     Kernel(f"cpu/{op}", op, "cpu", run, _supports(*required))
     for op, run, required in (
-        ("fake_quantize", fake_quantize, _QUANTIZING),
+        ("fake_quantize", fake_quantize, (*_QUANTIZING, checks.unproduced)),
         ("quantize", quantize, _QUANTIZING),
         ("dequantize", dequantize, (_on_cpu, _format_known, checks.scalars, checks.square, checks.packed)),
-        ("tensor_scale", tensor_scale, (_on_cpu, checks.input, checks.scalars, _transform_size)),
+        ("tensor_scale", tensor_scale, (_on_cpu, checks.input, checks.scalars, _transform_size, checks.unproduced)),
         ("hadamard", hadamard, (_on_cpu, checks.input, checks.scalars, _transform_size)),
         ("mm", mm, (_on_cpu, _operands)),
     )

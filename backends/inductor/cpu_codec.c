@@ -231,7 +231,7 @@ static void store(const Job *job, const Shape *s, const Place *p, const Work *w)
             put(job->y, position(job, p, l, 0), w->x + l * s->size, p->size);
 }
 
-/* --- Philox4x32-10 -------------------------------------------------------------------------------------- */
+/* --- Philox4x32-7 --------------------------------------------------------------------------------------- */
 
 #define PHILOX_ROUND                                                                                         \
     {                                                                                                        \
@@ -247,8 +247,8 @@ static void philox(uint32_t *restrict words, uint64_t first, int64_t count, int6
     for (int64_t i = 0; i < count; i++) {
         uint32_t c0 = low + (uint32_t)i, c1 = high + (c0 < low), c2 = top, c3 = 0;
         uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)stream;
-        PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND
-        PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND
+        PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND
+        PHILOX_ROUND PHILOX_ROUND PHILOX_ROUND
         words[4 * i] = c0, words[4 * i + 1] = c1, words[4 * i + 2] = c2, words[4 * i + 3] = c3;
     }
 }

@@ -8,8 +8,8 @@ place: a thread holds LOW consecutive elements of a lane, so that the inner scal
 what looks like a transposition below only renames the dimensions of registers.
 
 fp32 throughout. Maxima are taken on bit patterns as integers, where NaN and Inf are larger than every number.
-Divisions are rounded correctly (`/` would not be); the launch forbids contraction to fused multiply-adds, and where
-one is written the product is exact. Nothing reads a format's name.
+Divisions are rounded correctly (`/` would not be); the launch forbids contraction to fused multiply-adds, and those
+that are written have an exact product or correct a division. Nothing reads a format's name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROUNDS = tl.constexpr(10)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+ROUNDS = tl.constexpr(7)  # of Philox; fp4compile.philox says why
 _INF = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _SIGN = tl.constexpr(-0x80000000)
@@ -118,6 +119,53 @@ def _load(
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 rounded to a narrower dtype and back, ties to even: Triton's interpreter cuts bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = _bits(x)
+        return tl.where(x == x, _float((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000), x)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _read(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    width,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRODUCE: tl.constexpr,
+):
+    """A tile [L, K] in fp32: of x, or of what PRODUCE makes of x [M, width] and the operands; zeros past the edges."""
+    if PRODUCE is None:
+        return _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    else:
+        lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
+        index = _index(batch, lane, k, lanes, size, COLUMNS)
+        if COLUMNS:
+            x = PRODUCE(x_ptr, p1, p2, p3, p4, index, k, lane, k < size, lane < lanes, EVEN)
+        else:
+            start = lane * size  # a lane may be a run that was cut from a row
+            column = start % width + k
+            x = PRODUCE(x_ptr, p1, p2, p3, p4, index, start // width, column, lane < lanes, k < size, EVEN)
+        if not EVEN:
+            x = tl.where((lane < lanes) & (k < size), x, 0.0)
+        return _to_lanes(x, L, K, COLUMNS)
+
+
+@triton.jit
 def _store(
     y_ptr,
     y,
@@ -149,7 +197,7 @@ def _store(
 
 @triton.jit
 def _philox(counter, seed, counter_stream, WIDE: tl.constexpr):
-    """Four 32-bit words of Philox4x32-10 for each counter, key (seed, stream)."""
+    """Four 32-bit words of Philox4x32-7 for each counter, key (seed, stream)."""
     c0 = counter.to(tl.uint32)
     c1 = tl.zeros_like(c0)
     if WIDE:
@@ -227,6 +275,7 @@ def _hadamard(
     SIZE: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
+    EVEN: tl.constexpr = False,
 ):
     """Signs, butterflies with strides 1, 2, 4, …, one multiply, on runs of SIZE of [L, K]."""
     bits = _bits(x).reshape([L, K // SIZE, SIZE]) ^ _signs(seed_ptr, counter_stream, SIZE)[None, None, :]
@@ -234,12 +283,14 @@ def _hadamard(
         bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
         # The other of a pair without a copy through memory: xor of both, xor this one.
         other = _float(tl.xor_sum(bits, axis=2)[:, :, None, :] ^ bits)
-        own = _float(bits)
-        second = tl.arange(0, 2)[None, None, :, None] == 1
-        bits = _bits(tl.where(second, other - own, own + other))
+        # The second of a pair is the first minus itself: its sign is flipped before the one sum.
+        second = tl.arange(0, 2)[None, None, :, None] << 31
+        bits = _bits(other + _float(bits ^ second))
     y = _float(bits).reshape([L, K]) * FACTOR
-    # Past the last run there are sums of signed zeros; a block is filled up with positive ones.
-    return tl.where(k + tl.arange(0, K)[None, :] < padded, y, 0.0)
+    if not EVEN:
+        # Past the last run there are sums of signed zeros; a block is filled up with positive ones.
+        y = tl.where(k + tl.arange(0, K)[None, :] < padded, y, 0.0)
+    return y
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -266,19 +317,51 @@ def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.c
 
 
 @triton.jit
-def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
-    scale = tl.div_rn(_float(amax), TOP)
-    one = 1.0
-    if ts_ptr is not None:
-        ts = tl.load(ts_ptr)
-        scale = tl.div_rn(scale, ts)
-        one = tl.div_rn(1.0, ts)
-    scale = tl.minimum(tl.maximum(scale, 0.015625), 448.0)  # a normal E4M3 number: only the mantissa is rounded
-    bits = _bits(scale)
+def _quotient(a, b, reciprocal):
+    """a / b rounded correctly, for a reciprocal of b to within an ulp or two and nothing near the ends of the range.
+
+    Each step adds the remainder's quotient; the remainder is exact (Markstein, IBM J. Res. Dev. 34, 1990).
+    """
+    q = a * reciprocal
+    q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
+    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to within an ulp or two, for a normal x far from the ends of the range."""
+    y = _float(0x7EF311C7 - _bits(x))  # to 12%; each Newton step squares the error
+    for _ in tl.static_range(3):
+        y = tl.fma(y, tl.fma(-x, y, 1.0), y)
+    return y
+
+
+@triton.jit
+def _round_e4m3(scale, TRUNCATION_FREE: tl.constexpr):
+    """A normal E4M3 number near each scale, and its fields with fp32's exponent bias."""
+    bits = _bits(tl.minimum(tl.maximum(scale, 0.015625), 448.0))
     up = 0xFFFFF if TRUNCATION_FREE else 0x7FFFF + ((bits >> 20) & 1)
     rounded = (bits + up) >> 20
-    scale = _float(rounded << 20)
-    return mag * tl.div_rn(one, scale)[:, :, None], scale[:, :, None], rounded - 960
+    return _float(rounded << 20), rounded
+
+
+@triton.jit
+def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
+    largest, ts, one = _float(amax), 1.0, 1.0
+    if ts_ptr is not None:
+        ts = tl.load(ts_ptr)
+        one = tl.div_rn(1.0, ts)
+    # Three divisions per block, the ends of the range left out: a maximum that small gives the least scale.
+    if (ts_ptr is None) or ((ts > 8.673617379884035e-19) & (ts < 1.152921504606847e18)):  # 2**-60, 2**60
+        scale = _quotient(largest, TOP, 1.0 / TOP)
+        if ts_ptr is not None:
+            scale = _quotient(tl.minimum(scale, 1024.0 * ts), ts, one)
+        scale, rounded = _round_e4m3(scale, TRUNCATION_FREE)
+        inverse = _quotient(one, scale, _reciprocal(scale))
+    else:
+        scale, rounded = _round_e4m3(tl.div_rn(tl.div_rn(largest, TOP), ts), TRUNCATION_FREE)
+        inverse = tl.div_rn(one, scale)
+    return mag * inverse[:, :, None], scale[:, :, None], rounded - 960
 
 
 @triton.jit
@@ -472,12 +555,135 @@ def _quantise(
     return q, scale, stored, amax >= _INF
 
 
+# --- from a tile to its values ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _encode(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    width,
+    ts_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    padded,
+    counter_stream,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCE: tl.constexpr,
+):
+    """Read, transform and quantise a tile: the values before rounding [L, K], and what `_quantise` returns."""
+    x = _read(x_ptr, p1, p2, p3, p4, width, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
+    if HADAMARD:
+        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+    u = x
+    if STOCHASTIC:
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+    q, scale, stored, bad = _quantise(
+        x, u, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
+    )  # fmt: skip
+    return x, q, scale, stored, bad
+
+
+@triton.jit
+def _fake_quantise(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    width,
+    y_ptr,
+    ts_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    padded,
+    counter_stream,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FOLD: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCE: tl.constexpr,
+):
+    """A tile of y = dequantised(quantised(x)) in y's dtype."""
+    x, q, scale, _, bad = _encode(
+        x_ptr, p1, p2, p3, p4, width, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
+        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR, PRODUCE,
+    )  # fmt: skip
+    scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
+    y = q * scale
+    if FOLD:
+        y = y * tl.load(ts_ptr)
+    y = _float(_bits(y).reshape([L, K]) ^ (_bits(x) & _SIGN))
+    _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["up_from", "k_max", "counter_stream", "sign_stream"])
 def fake_quantize(
     x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
     y_ptr,
     ts_ptr,
     seed_ptr,
@@ -510,26 +716,73 @@ def fake_quantize(
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
+    PRODUCE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """y = dequantised(quantised(x)) in y's dtype."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
-    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
-    if HADAMARD:
-        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
-    u = x
-    if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
-    NB: tl.constexpr = K // BLOCK
-    q, scale, _, bad = _quantise(
-        x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
+    _fake_quantise(
+        x_ptr, p1, p2, p3, p4, WIDTH, y_ptr, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
+        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, FOLD, HADAMARD, LOG2, FACTOR, PRODUCE,
     )  # fmt: skip
-    scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
-    y = q * scale
-    if FOLD:
-        y = y * tl.load(ts_ptr)
-    y = _float(_bits(y).reshape([L, K]) ^ (_bits(x) & _SIGN))
-    _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
+
+
+@triton.jit(do_not_specialize=["up_from", "k_max", "sign_stream"])
+def fake_quantize_both(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    y_0_ptr,
+    y_1_ptr,
+    ts_0_ptr,
+    ts_1_ptr,
+    sign_seed_ptr,
+    rows,
+    columns,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOW: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    FOLD: tl.constexpr,
+    EDGE_0: tl.constexpr,
+    HADAMARD_0: tl.constexpr,
+    LOG2_0: tl.constexpr,
+    FACTOR_0: tl.constexpr,
+    EDGE_1: tl.constexpr,
+    HADAMARD_1: tl.constexpr,
+    LOG2_1: tl.constexpr,
+    FACTOR_1: tl.constexpr,
+    PRODUCE: tl.constexpr,
+):
+    """y_0, y_1 = x [rows, columns] fake-quantised along axis 0 and 1, to nearest, in whole tiles [ROWS, COLUMNS].
+
+    A program reads its tile once for each, the second time from a cache.
+    """
+    _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE)
+    _fake_quantise(
+        x_ptr, p1, p2, p3, p4, columns, y_1_ptr, ts_1_ptr, None, sign_seed_ptr, 0, row, column, rows, columns, columns,
+        0, sign_stream, up_from, k_max, s_max, ROWS, COLUMNS, 1, False, True, WIDE, True, BLOCK, EDGE_1,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_1, LOG2_1, FACTOR_1, PRODUCE,
+    )  # fmt: skip
+    _fake_quantise(
+        x_ptr, p1, p2, p3, p4, columns, y_0_ptr, ts_0_ptr, None, sign_seed_ptr, 0, column, row, columns, rows, rows,
+        0, sign_stream, up_from, k_max, s_max, COLUMNS, ROWS, LOW, True, True, WIDE, True, BLOCK, EDGE_0,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_0, LOG2_0, FACTOR_0, PRODUCE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["up_from", "k_max", "counter_stream", "sign_stream"])
@@ -543,7 +796,6 @@ def quantize(
     lanes,
     size,
     padded,
-    blocks,
     counter_stream,
     sign_stream,
     up_from,
@@ -570,19 +822,15 @@ def quantize(
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Codes, as 32-bit words of eight, and scales; `blocks` is the number of blocks of a lane."""
+    """Codes, as 32-bit words of eight, and scales."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
-    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
-    if HADAMARD:
-        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
-    u = x
-    if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
-    NB: tl.constexpr = K // BLOCK
-    q, _, stored, bad = _quantise(
-        x, u, ts_ptr, up_from, k_max, s_max, L, NB, BLOCK, EDGE,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
+    x, q, _, stored, bad = _encode(
+        x_ptr, None, None, None, None, 0, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
+        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR, None,
     )  # fmt: skip
+    NB: tl.constexpr = K // BLOCK
+    blocks = tl.cdiv(padded, BLOCK)  # of a lane, or of the run that was cut from one
     code = _code(q, ELEMENT) | ((_bits(x) >> 28) & 8).reshape([L, NB, BLOCK])
     code = tl.where(bad[:, :, None], 0, code).reshape([L, K // 8, 8])
     words = tl.sum(code << (4 * tl.arange(0, 8))[None, None, :], axis=2)
@@ -645,6 +893,10 @@ def dequantize(
 @triton.jit(do_not_specialize=["sign_stream"])
 def amax(
     x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
     partial_ptr,
     sign_seed_ptr,
     lanes,
@@ -660,12 +912,14 @@ def amax(
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
+    PRODUCE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """The bits of the largest finite magnitude of each tile."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
-    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
     if HADAMARD:
-        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR)
+        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     bits = _bits(x) & 0x7FFFFFFF
     bits = tl.where(bits < _INF, bits, 0)
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))

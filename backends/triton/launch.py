@@ -1,15 +1,19 @@
 """From an op's arguments to the launch of a kernel: geometry, tile, constants.
 
     fake_quantize(x [2, 512, 4096], "hif4", axis=1)
-        -> Launch("fake_quantize", 1024 programs, {batch: 2, lanes: 4096, size: 512, …}, columns, tiles [64, 64])
+        -> Launch("fake_quantize", 1024 programs, {lanes: 4096, size: 512, …}, columns, tiles [64, 64])
+        -> run(launch, {x_ptr: x, y_ptr: y, …}, device)
 
-A `Launch` is data: it is run on a device, or only compiled where there is none. Triton is imported with the first.
+A `Launch` is what calls of one shape share: it is planned once, compiled once per device and alignment of pointers, and
+run with the tensors of a call. Triton is imported with the first.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from types import ModuleType
@@ -20,13 +24,15 @@ from torch import Tensor
 
 from fp4compile.backend import No
 from fp4compile.backends import checks
-from fp4compile.codec import _SCALINGS, _TENSOR_SCALE_MIN, E4M3_MAX, e6m2_max
+from fp4compile.backends.triton import produce
+from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
+from fp4compile.producer import parse
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
 DTYPES = checks.DTYPES
-_NEVER = 1 << 23  # a fraction that no mantissa reaches
+_POINTERS = tuple(f"p{i}" for i in range(1, produce.MOST_OPERANDS))
 _FLAT = 8192  # elements per program where blocks play no part
 
 
@@ -41,48 +47,103 @@ class Tile:
     low: int
 
 
-# By the scaling of the format's first level and whether the blocked axis is strided.
 # Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
-TILES = {
-    ("e6m2", False): Tile(elements=4096, per_warp=512, least=64, low=1),
-    ("e8m0", False): Tile(elements=4096, per_warp=512, least=64, low=1),
-    ("e4m3", False): Tile(elements=2048, per_warp=1024, least=64, low=1),
-    ("e6m2", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
-    ("e8m0", True): Tile(elements=4096, per_warp=2048, least=64, low=8),
-    ("e4m3", True): Tile(elements=8192, per_warp=1024, least=64, low=4),
+# Rows by the scaling of the format's first level.
+ROWS = {
+    "e6m2": Tile(elements=2048, per_warp=512, least=64, low=1),
+    "e8m0": Tile(elements=2048, per_warp=512, least=64, low=1),
+    "e4m3": Tile(elements=2048, per_warp=1024, least=64, low=1),
 }
-# Columns with more arithmetic: a transform in front (eight elements of a column in a thread save three exchanges of
-# each butterfly), or random numbers.
-_BUSY = Tile(elements=4096, per_warp=2048, least=64, low=8)
+# Eight elements of a column in a thread save three exchanges of each maximum and butterfly.
+COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8)
+# A longer transform of columns must lie within one warp: between two it would go through shared memory.
+LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8)
+_LONG = 64
+# The least edge of a tile that is quantised along both axes. Its threads hold as much as those of COLUMNS.
+_EDGE = 64
 
 
 @dataclass(frozen=True)
+class _Ready:
+    """A compiled kernel: how to start it, all its arguments in order, and where those of a call go among them."""
+
+    start: Callable[..., Any]
+    arguments: list[Any]
+    given: list[int]
+
+
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch: the kernel's name in `kernels`, the number of programs, its arguments and constants."""
+    """What calls of one shape share.
+
+    Attributes:
+        kernel: its name in `module`.
+        grid: the number of programs.
+        arguments: those that no call changes.
+        constants: compile-time arguments.
+        num_warps: warps per program.
+        module: where the kernel is, beside this file.
+    """
 
     kernel: str
     grid: int
     arguments: Mapping[str, Any]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
+    constants: Mapping[str, Any]
+    num_warps: int
+    module: str = "kernels"
+    _ready: dict[Any, _Ready] = field(default_factory=dict, init=False, repr=False)
 
 
 @cache
-def _kernels() -> ModuleType:
-    from fp4compile.backends.triton import kernels
-
-    return kernels
+def _kernels(module: str = "kernels") -> ModuleType:
+    return importlib.import_module(f"fp4compile.backends.triton.{module}")
 
 
-def run(launch: Launch, device: torch.device) -> None:
-    """Launch on the current stream of the device."""
-    kernel = getattr(_kernels(), launch.kernel)[(launch.grid,)]
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
-    if device.type != "cuda":  # Triton's interpreter
-        kernel(**launch.arguments, **launch.constants, **options)
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """The device made the current one, where it is not."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
+    """Launch on the current stream of the device.
+
+    Args:
+        given: the arguments of this call: tensors, None, and integers on which kernels do not specialise.
+    """
+    with current(device):
+        _run(launch, given, device)
+
+
+def _run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
+    # All that Triton specialises on beyond the launch itself; its own binding of the arguments takes ten times as long.
+    key: list[Any] = [device.index]
+    values = []
+    for value in given.values():
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            key += value.dtype, address & 15
+            value = address  # of a tensor Triton would ask the driver where it lies
+        else:
+            key.append(value is None)
+        values.append(value)
+    ready = launch._ready.get(tuple(key))
+    if ready is None:
+        _first_run(launch, given, tuple(key))
         return
-    with torch.cuda.device(device):
-        kernel(**launch.arguments, **launch.constants, **options)
+    arguments = ready.arguments.copy()
+    for position, value in zip(ready.given, values, strict=True):
+        arguments[position] = value
+    ready.start(*arguments)
+
+
+def _first_run(launch: Launch, given: Mapping[str, Any], key: Any) -> None:
+    kernel, grid = getattr(_kernels(launch.module), launch.kernel), (launch.grid, 1, 1)
+    fixed = {**launch.arguments, **launch.constants}
+    compiled = kernel[grid](**fixed, **given, num_warps=launch.num_warps, enable_fp_fusion=False)
+    if hasattr(compiled, "__getitem__"):  # Triton's interpreter compiles nothing
+        names = kernel.arg_names
+        launch._ready[key] = _Ready(compiled[grid], list(map(fixed.get, names)), list(map(names.index, given)))
 
 
 # --- constants of a format -------------------------------------------------------------------------------------------
@@ -125,23 +186,6 @@ def _format_constants(format: str) -> dict[str, Any]:
     return constants
 
 
-def _up_from(fmt: Format, rule: str) -> int:
-    """The fraction of a block's maximum, as 23 bits, from which an E8M0 exponent moves up."""
-    top = fmt.element.max
-    emax = math.floor(math.log2(top))
-
-    def fraction(m: float) -> int:
-        return int((m / 2.0**emax - 1) * 2**23)
-
-    rules = {
-        "floor": _NEVER,
-        "ceil": 1,
-        "even": fraction((top + 2.0 ** (emax + 1)) / 2),
-        "rceil": fraction(top) + 1,
-    }
-    return rules.get(rule, 0)
-
-
 @cache
 def _rounding(
     format: str, scale_rule: str | None, rounding: str, dtype: torch.dtype
@@ -150,7 +194,7 @@ def _rounding(
     fmt = FORMATS[format]
     rule, top, largest = fmt.rule(scale_rule), fmt.element.max, torch.finfo(dtype).max
     arguments = {
-        "up_from": _up_from(fmt, rule),
+        "up_from": e8m0_up_from(fmt.element, rule) if fmt.levels[0].dtype == "e8m0" else 0,
         "k_max": min(math.floor(math.log2(largest / top)), 127),
         "s_max": e6m2_max(largest),
     }
@@ -197,6 +241,11 @@ def _padded(size: int, pad: int) -> int:
     return _ceil(size, pad) * pad if pad else size
 
 
+def _transformed(shape: Sequence[int], axis: int, pad: int) -> list[int]:
+    """The shape that a Hadamard transform along `axis` leaves."""
+    return [*shape[:axis], _padded(shape[axis], pad), *shape[axis + 1 :]]
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -220,9 +269,13 @@ def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool
     return Geometry(1, lanes, size, padded, False)
 
 
-def _tile(g: Geometry, scaling: str, run: int, edge: int, busy: bool = False) -> tuple[int, dict[str, Any], int]:
+def _columns(hadamard: int) -> Tile:
+    return LONG_COLUMNS if hadamard >= _LONG else COLUMNS
+
+
+def _tile(g: Geometry, scaling: str, run: int, edge: int, hadamard: int) -> tuple[int, dict[str, Any], int]:
     """(programs, constants, warps) of a launch over `g` in tiles of whole runs."""
-    tile = _BUSY if busy and g.columns else TILES[scaling, g.columns]
+    tile = _columns(hadamard) if g.columns else ROWS[scaling]
     k = run if not g.columns and g.padded == run else max(run, tile.least)
     wanted = max(tile.elements // k, 1)
     lanes = max(min(wanted, _power_of_two(g.lanes)), edge or 1, 8)
@@ -239,7 +292,7 @@ def _tile(g: Geometry, scaling: str, run: int, edge: int, busy: bool = False) ->
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    return x.detach().contiguous()
+    return x if x.is_contiguous() else x.detach().contiguous()
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -263,7 +316,7 @@ def _quantizing(
     hadamard: int,
     own: tuple[tuple[str, Any], ...],
 ) -> Launch:
-    """What `fake_quantize` and `quantize` share and every call repeats: the launch without tensors and seeds.
+    """What calls of `fake_quantize` or `quantize` with one shape share.
 
     Args:
         dtype: what the decoded values must fit.
@@ -273,15 +326,22 @@ def _quantizing(
     block = constants["BLOCK"]
     edge, run_length = block if block_2d else 0, max(block, hadamard)
     g = geometry(shape, axis, run_length, hadamard, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, hadamard > 0 or rounding == "stochastic")
+    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, hadamard)
     sizes = {"lanes": g.lanes, "size": g.size, "padded": g.padded}
     aligned = (g.lanes if g.columns else g.padded) % 4 == 0
     all_constants = {**constants, **_transform(hadamard), **tile, "EDGE": edge, "ALIGNED": aligned, **dict(own)}
     return Launch(kernel, grid, {**arguments, **sizes, "sign_stream": SIGN_STREAM}, all_constants, warps)
 
 
-def _with(launch: Launch, arguments: Mapping[str, Any]) -> Launch:
-    return Launch(launch.kernel, launch.grid, {**launch.arguments, **arguments}, launch.constants, launch.num_warps)
+def _producing(shape: Sequence[int], producer: str) -> dict[str, Any]:
+    """The constants of a producer; rows are found by a division, which is cheap by a constant."""
+    return {"PRODUCE": produce.function(producer), "WIDTH": shape[-1] if producer else 0}
+
+
+def _contiguously(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The operands of a producer beside x, None for those that it lacks."""
+    given = {name: operands.get(name) for name in _POINTERS}
+    return {name: None if x is None else _contiguous(x) for name, x in given.items()}
 
 
 def _inputs(
@@ -309,13 +369,16 @@ def plan_fake_quantize(
     hadamard: int,
     sign_seed: Tensor | None,
     fold: bool,
-) -> tuple[Launch, Tensor]:
-    """The launch of the op `fake_quantize` on a contiguous x, and its result."""
+    producer: str = "",
+    **operands: Tensor | None,
+) -> tuple[Launch, dict[str, Any], Tensor]:
+    """The launch of the op `fake_quantize` on a contiguous x, the arguments of this call, and its result."""
     axis %= x.dim()
-    own = (("FOLD", fold and tensor_scale is not None),)
-    launch = _quantizing("fake_quantize", x.shape, x.dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
-    y = x.new_empty([*x.shape[:axis], _padded(x.shape[axis], hadamard), *x.shape[axis + 1 :]])
-    return _with(launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), "y_ptr": y}), y
+    own = (("FOLD", fold and tensor_scale is not None), *_producing(x.shape, producer).items())
+    dtype = parse(producer).dtype if producer else x.dtype
+    launch = _quantizing("fake_quantize", x.shape, dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
+    y = x.new_empty(_transformed(x.shape, axis, hadamard), dtype=dtype)
+    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **_contiguously(operands), "y_ptr": y}, y
 
 
 def plan_quantize(
@@ -331,10 +394,10 @@ def plan_quantize(
     hadamard: int,
     sign_seed: Tensor | None,
     dtype: torch.dtype | None,
-) -> tuple[Launch, tuple[Tensor, Tensor]]:
-    """The launch of the op `quantize` on a contiguous x, and its results."""
+) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]]:
+    """The launch of the op `quantize` on a contiguous x, the arguments of this call, and its results."""
     axis, fmt = axis % x.dim(), FORMATS[format]
-    own = (("NAN", _SCALINGS[fmt.levels[0].dtype].nan),)
+    own = (("NAN", SCALINGS[fmt.levels[0].dtype].nan),)
     launch = _quantizing(
         "quantize", x.shape, dtype or x.dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own
     )
@@ -344,10 +407,30 @@ def plan_quantize(
     if block_2d:
         shape[-1] = _ceil(shape[-1], fmt.block)
     scales = x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
-    # A lane that was cut into runs has that many blocks.
-    of_lane = _ceil(launch.arguments["padded"], fmt.block)
-    results = {"codes_ptr": _words(codes), "scales_ptr": scales, "blocks": of_lane}
-    return _with(launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results}), (codes, scales)
+    results = {"codes_ptr": _words(codes), "scales_ptr": scales}
+    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results}, (codes, scales)
+
+
+@lru_cache(maxsize=4096)
+def _decoding(shape: torch.Size, format: str, axis: int, size: int, block_2d: bool) -> Launch:
+    """What calls of `dequantize` share; `shape` is that of the codes."""
+    constants = _format_constants(format)
+    block = constants["BLOCK"]
+    edge = block if block_2d else 0
+    # Codes may hold more blocks than `size` needs: only then lanes keep their length.
+    whole = shape[-1] * 2 == size
+    g = geometry(_decoded(shape, axis, size), axis, block if whole else 2 * shape[-1] + 1, 0, block_2d)
+    grid, tile, warps = _tile(g, constants["SCALING"], block, edge, 0)
+    blocks = 1 if not g.columns and g.size == block and whole and not block_2d else shape[-1] * 2 // block
+    arguments = {"lanes": g.lanes, "size": g.size, "blocks": blocks}
+    return Launch("dequantize", grid, arguments, {**constants, **tile, "EDGE": edge}, warps)
+
+
+def _decoded(shape: Sequence[int], axis: int, size: int) -> list[int]:
+    """The shape of the values of codes, whose blocked axis is the last one."""
+    decoded = list(shape[:-1])
+    decoded.insert(axis, size)
+    return decoded
 
 
 def plan_dequantize(
@@ -359,97 +442,213 @@ def plan_dequantize(
     size: int,
     block_2d: bool,
     dtype: torch.dtype,
-) -> tuple[Launch, Tensor]:
-    """The launch of the op `dequantize` on contiguous codes and scales, and its result."""
+) -> tuple[Launch, dict[str, Any], Tensor]:
+    """The launch of the op `dequantize` on contiguous codes and scales, the arguments of this call, and its result."""
     axis %= codes.dim()
-    shape = list(codes.shape[:-1])
-    shape.insert(axis, size)
-    y = codes.new_empty(shape, dtype=dtype)
-    constants = _format_constants(format)
-    block = constants["BLOCK"]
-    edge = block if block_2d else 0
-    # Codes may hold more blocks than `size` needs: only then lanes keep their length.
-    whole = codes.shape[-1] * 2 == size
-    g = geometry(shape, axis, block if whole else 2 * codes.shape[-1] + 1, 0, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], block, edge)
-    blocks = 1 if not g.columns and g.size == block and whole and not block_2d else codes.shape[-1] * 2 // block
-    arguments = {
-        "codes_ptr": _words(codes),
-        "scales_ptr": scales,
-        "y_ptr": y,
-        "ts_ptr": tensor_scale,
-        "lanes": g.lanes,
-        "size": g.size,
-        "blocks": blocks,
-    }
-    return Launch("dequantize", grid, arguments, {**constants, **tile, "EDGE": edge}, warps), y
+    y = codes.new_empty(_decoded(codes.shape, axis, size), dtype=dtype)
+    launch = _decoding(codes.shape, format, axis, size, block_2d)
+    return launch, {"codes_ptr": _words(codes), "scales_ptr": scales, "y_ptr": y, "ts_ptr": tensor_scale}, y
 
 
-def plan_tensor_scale(
-    x: Tensor, format: str, axis: int, hadamard: int, sign_seed: Tensor | None
-) -> tuple[tuple[Launch, Launch], Tensor]:
-    """The two launches of the op `tensor_scale` on a contiguous x: maxima of tiles, then of those; and its result."""
-    if hadamard:
-        g = geometry(x.shape, axis % x.dim(), hadamard, hadamard, False)
-        grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, hadamard, 0, busy=True)
+@lru_cache(maxsize=4096)
+def _scaling(shape: torch.Size, format: str, axis: int, hadamard: int, producer: str) -> tuple[Launch, Launch]:
+    """What calls of `tensor_scale` share: the maxima of all tiles, then of those."""
+    fmt = FORMATS[format]
+    if hadamard or producer:
+        length = hadamard or _EDGE  # rows are cut into runs: where a run lies is known per run, not per element
+        g = geometry(shape, axis if hadamard else len(shape) - 1, length, hadamard, False)
+        grid, tile, warps = _tile(g, fmt.levels[0].dtype, length, 0, hadamard)
     else:
-        n = x.numel()
+        n = math.prod(shape)
         g = Geometry(1, 1, n, n, False)
         grid, warps = _ceil(n, _FLAT), 8
         wide = n + _FLAT >= 2**31
         tile = {"L": 1, "K": _FLAT, "LOW": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
-    y = x.new_empty((), dtype=torch.float32)
-    partial = x.new_empty((grid,), dtype=torch.int32)
-    arguments = {
+    arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
+    constants = {"TOP": E4M3_MAX * fmt.element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
+    return (
+        Launch("amax", grid, arguments, {**_transform(hadamard), **tile, **_producing(shape, producer)}, warps),
+        Launch("tensor_scale", 1, {"count": grid}, constants, 8),
+    )
+
+
+def plan_tensor_scale(
+    x: Tensor,
+    format: str,
+    axis: int,
+    hadamard: int,
+    sign_seed: Tensor | None,
+    producer: str = "",
+    **operands: Tensor | None,
+) -> tuple[list[tuple[Launch, dict[str, Any]]], Tensor]:
+    """The two launches of the op `tensor_scale` on a contiguous x with their arguments, and its result."""
+    amax, last = _scaling(x.shape, format, axis % x.dim(), hadamard, producer)
+    y, partial = x.new_empty((), dtype=torch.float32), x.new_empty((amax.grid,), dtype=torch.int32)
+    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **_contiguously(operands)}
+    return [(amax, given), (last, {"partial_ptr": partial, "y_ptr": y})], y
+
+
+@lru_cache(maxsize=4096)
+def _quantizing_both(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    format: str,
+    scale_rule: str | None,
+    hadamard: tuple[int, ...],
+    block_2d: tuple[bool, ...],
+    fold: bool,
+    producer: str,
+) -> Launch | None:
+    """What calls of `fake_quantize_both` share; None where the matrix is not made of whole tiles."""
+    arguments, constants = map(dict, _rounding(format, scale_rule, "nearest", dtype))
+    block = constants["BLOCK"]
+    edge = max(_EDGE, block)
+    rows, columns = shape
+    if rows % edge or columns % edge:
+        return None
+    del constants["STOCHASTIC"]
+    for axis in (0, 1):
+        own = {**_transform(hadamard[axis]), "EDGE": block if block_2d[axis] else 0}
+        constants |= {f"{name}_{axis}": value for name, value in own.items()}
+    constants |= {"ROWS": edge, "COLUMNS": edge, "LOW": COLUMNS.low, "FOLD": fold, "WIDE": rows * columns >= 2**31}
+    constants["PRODUCE"] = produce.function(producer)
+    arguments |= {"rows": rows, "columns": columns, "sign_stream": SIGN_STREAM}
+    grid = rows // edge * (columns // edge)
+    return Launch("fake_quantize_both", grid, arguments, constants, min(edge * edge // COLUMNS.per_warp, 8))
+
+
+def arithmetic_bounds(rounding: Sequence[str], hadamard: Sequence[int]) -> bool:
+    """Whether quantisation along both axes takes longer than its memory: reading x once would gain nothing then, and
+    the larger program is slower than two."""
+    return "stochastic" in rounding or max(hadamard) >= _LONG
+
+
+def plan_fake_quantize_both(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    hadamard: Sequence[int],
+    block_2d: Sequence[bool],
+    tensor_scale_0: Tensor | None,
+    tensor_scale_1: Tensor | None,
+    sign_seed: Tensor | None,
+    fold: bool,
+    producer: str = "",
+    **operands: Tensor | None,
+) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]] | None:
+    """One launch of the op `fake_quantize_both` on a contiguous x, the arguments of this call, and its results.
+
+    None where two launches do it: for ragged matrices, a tensor scale along one axis only, and where arithmetic bounds
+    them.
+    """
+    unlike = (tensor_scale_0 is None) != (tensor_scale_1 is None)
+    if unlike or arithmetic_bounds(rounding, hadamard):
+        return None
+    folded = fold and tensor_scale_0 is not None
+    dtype = parse(producer).dtype if producer else x.dtype
+    launch = _quantizing_both(x.shape, dtype, format, scale_rule, tuple(hadamard), tuple(block_2d), folded, producer)
+    if launch is None:
+        return None
+    results = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    given = {
         "x_ptr": x,
-        "partial_ptr": partial,
+        "y_0_ptr": results[0],
+        "y_1_ptr": results[1],
+        "ts_0_ptr": tensor_scale_0,
+        "ts_1_ptr": tensor_scale_1,
         "sign_seed_ptr": sign_seed,
-        "lanes": g.lanes,
-        "size": g.size,
-        "padded": g.padded,
-        "sign_stream": SIGN_STREAM,
+        **_contiguously(operands),
     }
-    first = Launch("amax", grid, arguments, {**_transform(hadamard), **tile}, warps)
-    constants = {"TOP": E4M3_MAX * FORMATS[format].element.max, "LEAST": _TENSOR_SCALE_MIN, "CHUNK": 4096}
-    second = Launch("tensor_scale", 1, {"partial_ptr": partial, "y_ptr": y, "count": grid}, constants, 8)
-    return (first, second), y
+    return launch, given, results
 
 
 def fake_quantize(x: Tensor, **arguments: Any) -> Tensor:
     """The op `fake_quantize`."""
-    launch, y = plan_fake_quantize(_contiguous(x), **arguments)
+    launch, given, y = plan_fake_quantize(_contiguous(x), **arguments)
     if y.numel():
-        run(launch, x.device)
+        run(launch, given, x.device)
     return y
+
+
+def fake_quantize_both(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    block_2d: Sequence[bool],
+    tensor_scale_0: Tensor | None,
+    tensor_scale_1: Tensor | None,
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+    fold: bool,
+    producer: str,
+    **operands: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `fake_quantize_both`, in one launch or two."""
+    x = _contiguous(x)
+    scales = tensor_scale_0, tensor_scale_1
+    planned = plan_fake_quantize_both(
+        x, format, scale_rule, rounding, hadamard, block_2d, *scales, sign_seed, fold, producer, **operands
+    )
+    if planned is not None and x.numel():
+        launch, given, results = planned
+        run(launch, given, x.device)
+        return results
+    first, second = (
+        fake_quantize(
+            x,
+            format=format,
+            axis=axis,
+            rounding=rounding[axis],
+            scale_rule=scale_rule,
+            block_2d=block_2d[axis],
+            tensor_scale=scales[axis],
+            seed=seed,
+            stream=stream[axis],
+            hadamard=hadamard[axis],
+            sign_seed=sign_seed,
+            fold=fold,
+            producer=producer,
+            **operands,
+        )
+        for axis in (0, 1)
+    )
+    return first, second
 
 
 def quantize(x: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The op `quantize`."""
-    launch, results = plan_quantize(_contiguous(x), **arguments)
+    launch, given, results = plan_quantize(_contiguous(x), **arguments)
     if results[0].numel():
-        run(launch, x.device)
+        run(launch, given, x.device)
     return results
 
 
 def dequantize(codes: Tensor, scales: Tensor, **arguments: Any) -> Tensor:
     """The op `dequantize`."""
-    launch, y = plan_dequantize(_contiguous(codes), _contiguous(scales), **arguments)
+    launch, given, y = plan_dequantize(_contiguous(codes), _contiguous(scales), **arguments)
     if y.numel():
-        run(launch, codes.device)
+        run(launch, given, codes.device)
     return y
 
 
 def _dense(x: Tensor) -> Tensor:
     """x in the order of its memory where it fills that without gaps, else a copy: order plays no part in a maximum."""
+    if x.is_contiguous():
+        return x
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     return _contiguous(x.permute(order))
 
 
-def tensor_scale(x: Tensor, hadamard: int, **arguments: Any) -> Tensor:
+def tensor_scale(x: Tensor, hadamard: int, producer: str, **arguments: Any) -> Tensor:
     """The op `tensor_scale`."""
     if not x.numel():
         return torch.ones((), dtype=torch.float32, device=x.device)
-    launches, y = plan_tensor_scale(_contiguous(x) if hadamard else _dense(x), hadamard=hadamard, **arguments)
-    for launch in launches:
-        run(launch, x.device)
+    x = _contiguous(x) if hadamard or producer else _dense(x)
+    launches, y = plan_tensor_scale(x, hadamard=hadamard, producer=producer, **arguments)
+    for launch, given in launches:
+        run(launch, given, x.device)
     return y

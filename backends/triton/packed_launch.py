@@ -1,0 +1,433 @@
+"""From a call of `mm` on a packed weight to launches: how the GEMM is cut, and where its parts of sums lie.
+
+    mm(a [..., K], codes [N, K/2], b_scales, b_format="hif4")
+        1 … 16 tokens      ->  few_tokens
+        17 … 511           ->  arrange, many_tokens
+        more, or not bf16  ->  dequantize, a dense GEMM
+
+Past 511 tokens the weight is decoded once instead of in every tile. Where exactly the two cross was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fp4compile.backend import No
+from fp4compile.backends.triton import launch
+from fp4compile.formats import E2M1, FORMATS, S1P2
+
+MOST_TOKENS = 511  # of the kernels that read codes
+_RUN = 64  # columns that `arrange` reorders together
+# The rows of `arrange` and its columns per program: a few microseconds at most, nothing to tune.
+_ARRANGE = {"ROWS": 4, "BK": 512}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a GEMM is cut into programs.
+
+    Attributes:
+        kernel: of `packed`.
+        rows: outputs per warp (`few_tokens`) or per program (`many_tokens`).
+        tokens: tokens per program, those that fill up an instruction counted.
+        k: elements of K per step, stages: steps in flight.
+        warps: of a program; `slices` of them share its part of K, the others its outputs.
+        parts: of K, each a program's.
+    """
+
+    kernel: Literal["few_tokens", "many_tokens"]
+    rows: int
+    tokens: int
+    k: int
+    stages: int
+    warps: int = 4
+    slices: int = 1
+    parts: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per program."""
+        return self.rows * (self.warps // self.slices if self.kernel == "few_tokens" else 1)
+
+    @property
+    def tile(self) -> int:
+        """Elements of a program's result."""
+        return self.outputs * self.tokens
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the codes, scales and tokens of all stages take at most."""
+        rows = self.rows * (self.warps if self.kernel == "few_tokens" else 1)
+        return self.stages * self.k * (rows * 5 // 8 + self.slices * self.tokens * 2)
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        """Programs along outputs and tokens, in the order in which they share more, and parts."""
+        outputs, tokens = -(-n // self.outputs), -(-m // self.tokens)
+        return (outputs, tokens, self.parts) if self.kernel == "few_tokens" else (tokens, outputs, self.parts)
+
+    def steps(self, columns: int) -> tuple[int, bool]:
+        """Steps of each slice over so many columns, and whether the slices are all full."""
+        run = self.k * self.slices * self.parts
+        return -(-columns // run), columns % run == 0
+
+
+def _few(rows: int, tokens: int, stages: int, slices: int) -> Cut:
+    return Cut("few_tokens", rows, tokens, 256, stages, slices=slices)
+
+
+def _many(rows: int, tokens: int, k: int, stages: int, warps: int = 4, parts: int = 1) -> Cut:
+    return Cut("many_tokens", rows, tokens, k, stages, warps, parts=parts)
+
+
+# By the largest number of tokens: cuts, each with the programs per multiprocessor from which on it is taken; the first
+# one that has as many and finds room in shared memory. Chosen by measurement on H100; benchmarks/NOTES.md holds the
+# figures.
+CUTS: Mapping[int, tuple[tuple[float, Cut], ...]] = {
+    1: ((2.5, _few(16, 8, 3, 1)), (2.5, _few(16, 8, 3, 4)), (0.0, _few(16, 8, 5, 4)), (0.0, _few(16, 8, 3, 4))),
+    8: ((2.5, _few(16, 8, 3, 1)), (0.0, _few(16, 8, 3, 4))),
+    16: ((1.5, _few(32, 16, 3, 1)), (0.7, _few(16, 16, 4, 1)), (0.0, _few(16, 16, 4, 2)), (0.0, _few(16, 16, 4, 1))),
+    32: ((2.5, _many(64, 32, 128, 4)), (0.0, _many(64, 32, 128, 4, parts=4))),
+    64: (
+        (1.5, _many(128, 64, 64, 4)),
+        (1.5, _many(128, 64, 128, 3, warps=8)),
+        (2.5, _many(64, 64, 128, 3, parts=4)),
+        (0.0, _many(64, 64, 128, 4, parts=4)),
+    ),
+    MOST_TOKENS: (
+        (1.5, _many(128, 128, 64, 4, warps=8)),
+        (1.5, _many(128, 128, 128, 3, warps=8)),
+        (2.5, _many(64, 128, 64, 4, parts=2)),
+        (0.0, _many(64, 128, 128, 3, parts=2)),
+    ),
+}
+
+
+def bucket(m: int) -> int:
+    """The row of `CUTS` for m tokens."""
+    return next(most for most in CUTS if m <= most)
+
+
+def cuts(m: int, format: str) -> tuple[tuple[float, Cut], ...]:
+    """The row of `CUTS` for m tokens, without cuts that load under four bytes of scales: these could not run ahead."""
+    fmt = FORMATS[format]
+    return tuple(row for row in CUTS[bucket(m)] if row[1].k // fmt.block * fmt.scale_dtype.itemsize >= 4)
+
+
+def default(m: int, n: int, format: str, multiprocessors: int, shared: int) -> Cut | None:
+    """The first cut of the table that has enough programs for so many multiprocessors, of so much shared memory."""
+    enough = (
+        cut
+        for least, cut in cuts(m, format)
+        if math.prod(cut.grid(m, n)) >= least * multiprocessors and cut.shared <= shared
+    )
+    return next(enough, None)
+
+
+# --- constants of a format -------------------------------------------------------------------------------------------
+
+# What `packed` leaves out of its factors, by element and scaling, as a power of two.
+_LEFT_OUT = {("even", "e6m2"): 17, ("e2m1", "e4m3"): 8, ("e2m1", "e8m0"): 0}
+
+
+@cache
+def known(format: str) -> dict[str, Any] | No:
+    """The constants of the kernels that the format's row decides, or why none reads it."""
+    fmt, constants = FORMATS[format], launch.known(format)
+    if isinstance(constants, No):
+        return constants
+    left_out = _LEFT_OUT.get((constants["ELEMENT"], constants["SCALING"]))
+    if (
+        left_out is None
+        or fmt.block not in (16, 32, 64)
+        or fmt.element.magnitudes
+        not in (
+            E2M1.magnitudes,
+            S1P2.magnitudes,
+        )
+    ):
+        return No(f"the packed GEMM reads S1P2 under E6M2 and E2M1 under E8M0 or E4M3, not format {format}")
+    return {
+        "BLOCK": fmt.block,
+        "SCALING": constants["SCALING"],
+        "ELEMENT": constants["ELEMENT"],
+        "FACTOR": 2.0**left_out,
+    }
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+class _Counts:
+    """Zeros in device memory that programs count parts of a tile in; each launch leaves zeros behind.
+
+    Launches that may run at the same time must not share them. Those of one stream follow each other; a captured
+    one is replayed whenever its graph is, so that it keeps counts of its own.
+    """
+
+    SIZE = 1 << 21
+    LEAST = 1 << 12
+
+    def __init__(self, device: torch.device) -> None:
+        # On a stream of its own: the memory must outlive the graph that is being warmed up, and belong to none.
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            self._zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        stream.synchronize()
+        self._lock, self._taken = threading.Lock(), 0
+        self._of_stream: dict[int, Tensor] = {}
+
+    def _take(self, size: int) -> Tensor | None:
+        with self._lock:
+            start, end = self._taken, self._taken + size
+            if end > self.SIZE:
+                return None
+            self._taken = end
+        return self._zeros[start:end]
+
+    def of(self, stream: int, size: int, capturing: bool) -> Tensor | None:
+        """Zeros for a launch, or None where none are left."""
+        if capturing:
+            return self._take(size)
+        found = self._of_stream.get(stream)
+        if found is None or found.numel() < size:
+            found = self._take(max(size, self.LEAST))
+            if found is not None:
+                self._of_stream[stream] = found
+        return found
+
+
+_COUNTS: dict[torch.device, _Counts] = {}
+
+
+def counts(device: torch.device, size: int) -> Tensor:
+    """Zeros that no other launch uses at the same time."""
+    if device.type != "cuda":
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    if device not in _COUNTS and not capturing:
+        _COUNTS[device] = _Counts(device)
+    found = None
+    if device in _COUNTS:
+        found = _COUNTS[device].of(torch.cuda.current_stream(device).cuda_stream, size, capturing)
+    return torch.zeros(size, dtype=torch.int32, device=device) if found is None else found
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> ModuleType:
+    from fp4compile.backends.triton import packed
+
+    return packed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What calls of one shape share: a cut, the kernel's constants, whether launches overlap.
+
+    Attributes:
+        columns: of x as the kernel reads it.
+        steps: of each slice of K.
+        overlap: whether the GEMM may start before `arrange` is done (sm_90).
+    """
+
+    cut: Cut
+    constants: Mapping[str, Any]
+    columns: int
+    steps: int
+    overlap: bool
+
+
+def plan(cut: Cut, m: int, k: int, format: str, block_2d: bool, overlap: bool, plain: bool) -> Plan:
+    """The plan of a GEMM of m tokens over k columns, cut as given.
+
+    Args:
+        overlap: whether the device can overlap launches.
+        plain: for Triton's interpreter, which has no inline assembly.
+    """
+    constants = known(format)
+    assert not isinstance(constants, No)
+    block = constants["BLOCK"]
+    arranged = cut.kernel == "many_tokens"
+    padded = -(-k // block) * block
+    columns = -(-k // _RUN) * _RUN if arranged else k
+    steps, even = cut.steps(padded)
+    own = {"OVERLAP": overlap} if arranged else {
+        "GROUPS": cut.warps // cut.slices,
+        "SLICES": cut.slices,
+        "TOKENS": 1 if m == 1 else cut.tokens,
+    }  # fmt: skip
+    tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
+    edge = block if block_2d else 1
+    whole = even and columns == padded
+    # Four scales of a byte in a load, where rows of them and steps are whole words.
+    in_words = constants["SCALING"] != "e6m2" and padded % (4 * block) == 0 and cut.k % (4 * block) == 0
+    unit = 4 * block if in_words else block
+    all_constants = {**constants, **tile, **own, "UNIT": unit, "EDGE": edge, "EVEN": whole, "PLAIN": plain}
+    return Plan(cut, all_constants, columns, steps, overlap and arranged)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan | None:
+    """The plan that a CUDA device runs: a measured cut where there is one, else the table's, if it has one."""
+    from fp4compile.backends.triton import tune  # which measures with what is above
+
+    cut = tune.stored(index, format, m, n, k)
+    if cut is None:
+        device = torch.cuda.get_device_properties(index)
+        shared = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+        cut = default(m, n, format, device.multi_processor_count, shared)
+    if cut is None:
+        return None
+    return plan(cut, m, k, format, block_2d, torch.cuda.get_device_capability(index) >= (9, 0), plain=False)
+
+
+def forget() -> None:
+    """Choose anew: measured cuts have changed."""
+    _chosen.cache_clear()
+
+
+def _arrange(x: Tensor, planned: Plan) -> Tensor:
+    """x in the order in which `many_tokens` contracts, padded to whole runs."""
+    m, k = x.shape
+    out = x.new_empty((m, planned.columns))
+    grid = (-(-planned.columns // _ARRANGE["BK"]), -(-m // _ARRANGE["ROWS"]))
+    _kernels().arrange[grid](x, out, m, k, x.stride(0), planned.columns, **_ARRANGE, OVERLAP=planned.overlap)
+    return out
+
+
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    planned: Plan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, N] in `dtype`."""
+    (m, _), n, cut = x.shape, codes.shape[0], planned.cut
+    y = x.new_empty((m, n), dtype=dtype)
+    interpreted = x.device.type != "cuda"
+    if cut.kernel == "many_tokens":
+        x = _arrange(x, planned)
+    grid = cut.grid(m, n)
+    partial = counted = None
+    if cut.parts > 1:
+        tiles = grid[0] * grid[1]
+        partial = x.new_empty((cut.parts * tiles * cut.tile,), dtype=torch.float32)
+        counted = counts(x.device, tiles)
+    steps: Any = planned.steps
+    if interpreted:
+        import triton.language as tl
+
+        steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
+    kernel = getattr(_kernels(), cut.kernel)[grid]
+    unit = planned.constants["UNIT"]
+    units, words = codes.shape[1] * 2 // unit, codes.view(torch.int32)
+    if unit > planned.constants["BLOCK"]:
+        scales = scales.view(torch.int32)
+    options: dict[str, Any] = {"num_warps": cut.warps}
+    if planned.overlap:
+        options["launch_pdl"] = True
+    kernel(
+        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
+        m, n, planned.columns, x.stride(0), units, steps, **planned.constants, **options,
+    )  # fmt: skip
+    return y
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+def operands(arguments: Mapping[str, Any]) -> str | None:
+    """What is asked of a call: a dense operand, and a weight whose codes and scales belong together."""
+    a, b, scales, k = arguments["a"], arguments["b"], arguments["b_scales"], arguments["k"]
+    if arguments["a_format"] or not arguments["b_format"]:
+        return "not a dense operand times a packed one"
+    reason = known(arguments["b_format"])
+    if isinstance(reason, No):
+        return reason.reason
+    fmt = FORMATS[arguments["b_format"]]
+    if a.dtype not in launch.DTYPES or a.dim() < 1 or a.shape[-1] != k:
+        return f"a is {a.dtype} {tuple(a.shape)}; fp32, bf16 or fp16 [..., {k}] is read"
+    if b.dim() != 2 or b.dtype != torch.uint8 or scales is None or scales.dtype != fmt.scale_dtype:
+        return "the weight is no matrix of uint8 codes with its scales"
+    edge = fmt.block if arguments["b_block_2d"] else 1
+    blocks = -(-k // fmt.block)
+    if tuple(b.shape[1:]) != (blocks * fmt.block // 2,) or tuple(scales.shape) != (-(-b.shape[0] // edge), blocks):
+        return f"codes {tuple(b.shape)} and scales {tuple(scales.shape)} do not hold the blocks of {k} columns"
+    if arguments["dtype"] not in (None, *launch.DTYPES):
+        return f"the result is {arguments['dtype']}; fp32, bf16 and fp16 are written"
+    for name in ("a_tensor_scale", "b_tensor_scale"):
+        scale = arguments[name]
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+            return f"{name} is not one fp32 number"
+    return None
+
+
+def _dense(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    format: str,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The GEMM with the weight decoded first: exactly, to bf16 for bf16 operands and to fp32 for others."""
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    ops = torch.ops.fp4compile
+    weight = ops.dequantize(codes, scales, None, format, -1, x.shape[1], block_2d, exact)
+    # The op again: its kernel for dense operands adds split sums in fp32, where torch's own may add them in bf16.
+    y: Tensor = ops.mm(x.to(exact), weight.t(), bias, None, None, a_tensor_scale, b_tensor_scale, dtype=dtype)
+    return y
+
+
+def mm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    a_scales: None,
+    b_scales: Tensor,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    a_format: str,
+    b_format: str,
+    b_block_2d: bool,
+    k: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, one rounding."""
+    dtype = dtype or a.dtype
+    shape = (*a.shape[:-1], b.shape[0])
+    m, n = math.prod(a.shape[:-1]), b.shape[0]
+    x = a.detach().reshape(m, k)
+    if m == 0 or n == 0 or k == 0:
+        y = a.new_zeros((m, n), dtype=torch.float32)
+        return (y if bias is None else y + bias).to(dtype).view(shape)
+    codes, scales = b.contiguous(), b_scales.contiguous()
+    with launch.current(a.device):
+        planned = None
+        if m <= MOST_TOKENS and x.dtype == torch.bfloat16:
+            planned = _chosen(m, n, k, b_format, b_block_2d, a.device.index)
+        if planned is None:
+            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, b_format, b_block_2d, dtype)
+        else:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype)
+    return y.view(shape)

@@ -1,0 +1,285 @@
+"""Row-wise scaled FP8 GEMMs of E2M1 operands on CUDA: from an op's arguments to launches.
+
+    quantize_rowwise(x)       ->  window (scales of rows, flags cleared), quantize
+    quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read
+    mm_rowwise(a, b)          ->  torch._scaled_mm, then `exact` over all that read a flagged row
+
+Nothing waits for the device: `exact` is always launched, and returns at once where no flag stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile import rowwise
+from fp4compile.backends.triton.launch import Launch, _power_of_two, _rounding, _signed, _transform, run
+from fp4compile.formats import FORMATS
+from fp4compile.hadamard import SIGN_STREAM, signs
+from fp4compile.rowwise import FLAGGED, GROUP, RUNS
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes of x [rows, columns]: the tile and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+_MODULE = "rowwise_kernels"
+# By the axes that are quantised: a thread holds one or two whole blocks of rows, and two of columns.
+# Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
+TILES: dict[tuple[int, ...], Tile] = {
+    (0,): Tile(32, 64, 1),
+    (1,): Tile(32, 64, 2),
+    (0, 1): Tile(32, 64, 1),
+}
+# Elements that lie side by side and that a thread reads at once, for axis 0 and for axis 1.
+_VECTORS = (2, 8)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one axis is quantised: the arguments of the op."""
+
+    rounding: str
+    scale_rule: str | None
+    stream: int
+    hadamard: int
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+# --- what is supported -----------------------------------------------------------------------------------------------
+
+LEAST_CAPABILITY = (8, 9)  # FP8 tensor cores
+
+
+@cache
+def refusal(format: str) -> str | None:
+    """Why the kernels do not hold values of the format in FP8 rows, or None."""
+    fmt = FORMATS[format]
+    whole = all(edge % fmt.block == 0 for tile in TILES.values() for edge in (tile.rows, tile.columns))
+    return rowwise.refusal(fmt) or (None if whole else f"no tile is made of blocks of {fmt.block}")
+
+
+def sizes(arguments: Mapping[str, Any]) -> str | None:
+    """Why `torch._scaled_mm` does not take the operands of `mm_rowwise`, or None."""
+    a, b, bias = (arguments[name] for name in ("a", "b", "bias"))
+    if arguments["dtype"] is not torch.bfloat16:
+        return f"row-wise scaled FP8 GEMMs write bf16, not {arguments['dtype']}"
+    if bias is not None and bias.dtype is not torch.bfloat16:
+        return f"the bias is {bias.dtype}, not bf16"
+    if not isinstance(b.shape[0], int) or b.shape[0] % 16:
+        return f"{b.shape[0]} output columns are no multiple of 16"
+    return None if a.shape[0] != 0 and a.shape[1] != 0 else "an operand is empty"
+
+
+# --- quantisation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every call with one shape repeats: both launches without tensors and seeds, and the results' shapes.
+
+    Attributes:
+        shapes: axis -> (rows, length, blocks) of its results.
+    """
+
+    window: Launch
+    quantize: Launch
+    shapes: Mapping[int, tuple[int, int, int]]
+
+
+@cache
+def _signs(size: int) -> int:
+    """The sign bits of the transform without a seed, as a 32-bit word."""
+    negative = signs(size, None, torch.device("cpu")) < 0
+    return _signed(sum(1 << i for i, bit in enumerate(negative.tolist()) if bit))
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: torch.Size, dtype: torch.dtype, format: str, wanted: tuple[tuple[int, Axis], ...], signs_drawn: bool
+) -> Plan:
+    """Plan the quantisation of a contiguous x [rows, columns] along the wanted axes.
+
+    Args:
+        signs_drawn: whether a seed chooses the signs of the transform; else the kernel is compiled with them.
+    """
+    fmt = FORMATS[format]
+    tile = TILES[tuple(axis for axis, _ in wanted)]
+    emax = math.floor(math.log2(fmt.element.max))
+    # A tile holds whole runs of the transform.
+    least = {axis: options.hadamard for axis, options in wanted}
+    edges = max(tile.rows, least.get(0, 0)), max(tile.columns, least.get(1, 0))
+    warps, extent = tile.warps * math.prod(edges) // (tile.rows * tile.columns), list(shape)
+    shapes: dict[int, tuple[int, int, int]] = {}
+    arguments: dict[str, Any] = {"rows": shape[0], "columns": shape[1], "sign_stream": SIGN_STREAM}
+    constants: dict[str, Any] = {"BLOCK": fmt.block, "EMAX": emax, "TILE0": edges[0], "TILE1": edges[1]}
+    for axis, options in wanted:
+        lanes, size = shape[1 - axis], shape[axis]
+        padded = _ceil(size, options.hadamard) * options.hadamard if options.hadamard else size
+        blocks = _ceil(padded, fmt.block)
+        shapes[axis] = lanes, blocks * fmt.block, blocks
+        extent[axis] = max(extent[axis], blocks * fmt.block)
+        encoder, _ = _rounding(format, options.scale_rule, options.rounding, dtype)
+        own = {"padded": padded, "length": blocks * fmt.block, "stream": _signed(options.stream)}
+        arguments |= {f"{name}{axis}": value for name, value in own.items()}
+        arguments |= {f"up_from{axis}": encoder["up_from"], "k_max": encoder["k_max"]}
+        transform = {f"{name}{axis}": value for name, value in _transform(options.hadamard).items()}
+        constants |= {
+            **transform,
+            f"VECTOR{axis}": _VECTORS[axis],
+            f"ALIGNED{axis}": (padded if axis else lanes) % 4 == 0,
+            f"STOCHASTIC{axis}": options.rounding == "stochastic",
+            f"SIGNS{axis}": None if signs_drawn or options.hadamard > fmt.block else _signs(options.hadamard),
+        }
+    for axis in {0, 1} - set(shapes):
+        arguments |= dict.fromkeys((f"padded{axis}", f"length{axis}", f"stream{axis}", f"up_from{axis}"), 0)
+        idle = {"VECTOR": 1, "ALIGNED": False, "STOCHASTIC": False, "SIGNS": None, **_transform(0)}
+        constants |= {f"{name}{axis}": value for name, value in idle.items()}
+    down, across = (_ceil(length, edge) for length, edge in zip(extent, edges, strict=True))
+    arguments["across"] = across
+    constants |= {
+        "EVEN": all(size % edge == 0 for size, edge in zip(shape, edges, strict=True)),
+        "WIDE": (extent[0] + edges[0]) * (extent[1] + edges[1]) >= 2**31,
+    }
+    groups = [_ceil(shape[1 - axis], GROUP) if axis in shapes else 0 for axis in (0, 1)]
+    looking = {"rows": shape[0], "columns": shape[1], "groups0": groups[0]}
+    sampling = {"EMAX": emax, "RUN0": RUNS[0], "RUN1": RUNS[1]}
+    return Plan(
+        Launch("window", sum(groups), looking, sampling, 4, _MODULE),
+        Launch("quantize", down * across, arguments, constants, warps, _MODULE),
+        shapes,
+    )
+
+
+_RESULTS = ("values", "scale", "exponents", "flags")
+_WINDOW = ("x_ptr", "scale0_ptr", "flags0_ptr", "scale1_ptr", "flags1_ptr")
+
+
+def _results(x: Tensor, rows: int, length: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((rows, length), dtype=torch.float8_e4m3fn),
+        x.new_empty((rows,), dtype=torch.float32),
+        x.new_empty((blocks, rows), dtype=torch.uint8),
+        x.new_empty((_ceil(rows, FLAGGED),), dtype=torch.uint8),
+    )
+
+
+def arguments_of(
+    planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None
+) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[Tensor, ...]]:
+    """The tensors of the two launches on a contiguous x, and the op's results."""
+    results = {axis: _results(x, *sizes) for axis, sizes in planned.shapes.items()}
+    given: dict[str, Any] = {"x_ptr": x}
+    for axis in (0, 1):
+        tensors = results.get(axis, (None,) * len(_RESULTS))
+        given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
+    window = {name: given[name] for name in _WINDOW}
+    flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
+    return (window, {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}), flat
+
+
+def _quantize(
+    x: Tensor, format: str, wanted: tuple[tuple[int, Axis], ...], seed: Tensor | None, sign_seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    x = x.detach().contiguous()
+    planned = plan(x.shape, x.dtype, format, wanted, sign_seed is not None)
+    (window, quantize), results = arguments_of(planned, x, seed, sign_seed)
+    run(planned.window, window, x.device)
+    run(planned.quantize, quantize, x.device)
+    return results
+
+
+def quantize_rowwise(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str,
+    scale_rule: str | None,
+    seed: Tensor | None,
+    stream: int,
+    hadamard: int,
+    sign_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The op `quantize_rowwise`."""
+    return _quantize(x, format, ((axis % 2, Axis(rounding, scale_rule, stream, hadamard)),), seed, sign_seed)
+
+
+def quantize_rowwise_both(
+    x: Tensor,
+    format: str,
+    rounding: Sequence[str],
+    scale_rule: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The op `quantize_rowwise_both`."""
+    options = zip(rounding, scale_rule, stream, hadamard, strict=True)
+    wanted = tuple((axis, Axis(*each)) for axis, each in enumerate(options))
+    return _quantize(x, format, wanted, seed, sign_seed)
+
+
+# --- the GEMM --------------------------------------------------------------------------------------------------------
+
+
+# device -> GEMMs that had a flagged row, and all GEMMs; both only ever grow.
+COUNTS: dict[torch.device, Tensor] = {}
+
+
+def _counts(device: torch.device) -> Tensor:
+    if device not in COUNTS:
+        COUNTS[device] = torch.zeros(2, dtype=torch.int64, device=device)
+    return COUNTS[device]
+
+
+# Few rows are flagged, if any: many programs with little each. Elements of a chunk, parts that share the flagged
+# groups of a chunk, blocks at a time.
+_EXACT = {"TILE": 32, "SPLIT": 4, "STEP": 4}
+
+
+@lru_cache(maxsize=4096)
+def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
+    """The launch that computes again what a flagged row had a part in."""
+    chunks = max(_ceil(rows, _EXACT["TILE"]), _ceil(columns, _EXACT["TILE"]))
+    flags = {"FLAGS_A": _power_of_two(_ceil(rows, FLAGGED)), "FLAGS_B": _power_of_two(_ceil(columns, FLAGGED))}
+    sizes = {"rows": rows, "columns": columns, "blocks": blocks}
+    return Launch("exact", chunks * _EXACT["SPLIT"], sizes, {**flags, **_EXACT, "BLOCK": block}, 4, _MODULE)
+
+
+def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    """Make what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
+    blocks, rows = operands["a_exponents"].shape
+    launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
+    pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
+    run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": _counts(out.device)}, out.device)
+
+
+def mm_rowwise(dtype: torch.dtype, bias: Tensor | None, **operands: Tensor) -> Tensor:
+    """The op `mm_rowwise`."""
+    a, b = operands["a"], operands["b"]
+    scales = {"scale_a": operands["a_scale"][:, None], "scale_b": operands["b_scale"][None, :]}
+    # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
+    out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
+    compute_again(out, operands, bias)
+    return out
+
+
+def notes() -> list[str]:
+    """What a report says of the GEMMs that ran so far; waits for the device."""
+    taken, total = (sum(int(counts[i]) for counts in COUNTS.values()) for i in (0, 1))
+    return [f"exact path taken by {taken} of {total} row-wise scaled FP8 GEMMs"] if total else []

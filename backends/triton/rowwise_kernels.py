@@ -1,0 +1,506 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""Triton kernels of E2M1 operands as FP8 in rows, bit for bit the arithmetic of `fp4compile.rowwise`.
+
+    window      x  ->  the scale of every row, from a sample of it; the flags are cleared
+    quantize    x  ->  E4M3 in rows along one axis or both, from one read of each tile; exponents of blocks; flags
+    exact       operands, out  ->  out, rows and columns of flagged rows computed again from exponents, in TF32
+
+A thread holds whole blocks, or halves of them: maxima, transforms and rounding stay in its registers, and a block's
+scale is computed once or twice. Rounding happens in units of the row's scale, whose result is the E4M3 number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp4compile.backends.triton.kernels import _INF, _SIGN, _bits, _float, _hadamard, _in_turn, _philox, _pow2
+from fp4compile.rowwise import ABOVE, BELOW, FLAGGED, GROUP, HEADROOM, MOST, SAMPLES
+
+_ABOVE, _BELOW = tl.constexpr(ABOVE), tl.constexpr(BELOW)
+_HEADROOM, _MOST = tl.constexpr(HEADROOM), tl.constexpr(MOST)
+_GROUP, _FLAGGED, _SAMPLES = tl.constexpr(GROUP), tl.constexpr(FLAGGED), tl.constexpr(SAMPLES)
+# 1.5 * 2**22: added in multiples of a power of two e, it leaves a sum rounded to e / 2, ties to even.
+_MAGIC = tl.constexpr(6291456.0)
+
+
+# --- where windows lie -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sampled(size, RUN: tl.constexpr):
+    """`rowwise.sampled`: 64 positions along an axis of `size`."""
+    at = tl.arange(0, _SAMPLES)
+    PARTS: tl.constexpr = 2 * (_SAMPLES // RUN)
+    part = (2 * (at // RUN) + 1).to(tl.int64)
+    return part * size // PARTS // RUN * RUN + at % RUN
+
+
+@triton.jit
+def _place_window(x, scale_ptr, flags_ptr, lane, lanes, EMAX: tl.constexpr, AXIS: tl.constexpr):
+    """Scales of a group of rows from samples x, [GROUP, SAMPLES] or in columns [SAMPLES, GROUP]; its flag cleared."""
+    bits = _bits(x.to(tl.float32)) & 0x7FFFFFFF
+    most = tl.max(tl.where(bits < _INF, bits, 0), axis=AXIS)
+    most = tl.where(most == 0, tl.max(most, axis=0), most)
+    most = tl.where(most == 0, 0x3F800000, most)
+    # The exponent of a subnormal number is far below the least that is left here.
+    window = (most >> 23) - (127 + EMAX + _HEADROOM)
+    window = tl.minimum(tl.maximum(window, -_MOST), _MOST)
+    at = lane + tl.arange(0, _GROUP)
+    tl.store(scale_ptr + at, _pow2(window), at < lanes)
+    flag = lane // _FLAGGED + tl.arange(0, _GROUP // _FLAGGED)
+    tl.store(flags_ptr + flag, tl.zeros([_GROUP // _FLAGGED], tl.uint8), flag * _FLAGGED < lanes)
+
+
+@triton.jit
+def window(
+    x_ptr,
+    scale0_ptr,
+    flags0_ptr,
+    scale1_ptr,
+    flags1_ptr,
+    rows,
+    columns,
+    groups0,
+    EMAX: tl.constexpr,
+    RUN0: tl.constexpr,
+    RUN1: tl.constexpr,
+):
+    """Programs [0, groups0) take groups of columns of x [rows, columns], the others groups of its rows."""
+    pid = tl.program_id(0)
+    # Whether an axis is wanted is known when this is compiled, the other condition is not: two statements.
+    if scale0_ptr is not None:  # noqa: SIM102
+        if pid < groups0:
+            first = pid * _GROUP
+            looked, lane = _sampled(rows, RUN0)[:, None], first + tl.arange(0, _GROUP)[None, :]
+            x = tl.load(x_ptr + looked * columns + lane, (looked < rows) & (lane < columns), 0.0)
+            _place_window(x, scale0_ptr, flags0_ptr, first, columns, EMAX, 0)
+    if scale1_ptr is not None:  # noqa: SIM102
+        if pid >= groups0:
+            start = (pid - groups0) * _GROUP
+            row, at = start + tl.arange(0, _GROUP)[:, None], _sampled(columns, RUN1)[None, :]
+            y = tl.load(x_ptr + row.to(tl.int64) * columns + at, (row < rows) & (at < columns), 0.0)
+            _place_window(y, scale1_ptr, flags1_ptr, start, rows, EMAX, 1)
+
+
+# --- quantisation ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _positions(
+    lane, k, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(lane, k) of every VECTOR-th element of a tile: [L // V, NB, BLOCK, 1], in rows [L * NB, BLOCK // V, 1].
+
+    Vectors run along memory. Triton hands the last dimension to a thread, then the first ones to other threads: what
+    is in between, the rest of a block, is left to the thread's registers.
+    """
+    NB: tl.constexpr = K // BLOCK
+    if COLUMNS:
+        lane += VECTOR * tl.arange(0, L // VECTOR)[:, None, None, None]
+        k += BLOCK * tl.arange(0, NB)[None, :, None, None] + tl.arange(0, BLOCK)[None, None, :, None]
+    else:
+        at = tl.arange(0, L * NB)[:, None, None]
+        lane += at // NB
+        k += BLOCK * (at % NB) + VECTOR * tl.arange(0, BLOCK // VECTOR)[None, :, None]
+    return lane, k
+
+
+@triton.jit
+def _in_vectors(lane, k, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
+    """`_positions` of all elements of the vectors."""
+    if COLUMNS:
+        lane += tl.arange(0, VECTOR)[None, None, None, :]
+    else:
+        k += tl.arange(0, VECTOR)[None, None, :]
+    return lane, k
+
+
+@triton.jit
+def _to_blocks(x, L: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile as it is loaded -> [L, NB, BLOCK]."""
+    if COLUMNS:
+        x = tl.permute(x, (0, 3, 1, 2))
+    return x.reshape([L, NB, BLOCK])
+
+
+@triton.jit
+def _offset(lane, k, row_stride, COLUMNS: tl.constexpr):
+    """Of element k of a lane, in a contiguous matrix."""
+    return k * row_stride + lane if COLUMNS else lane * row_stride + k
+
+
+@triton.jit
+def _random(
+    lane,
+    k,
+    row_stride,
+    seed_ptr,
+    counter_stream,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """2**24 u for u in [0, 1) and a tile, [L, NB, BLOCK]. ALIGNED: four elements in a row share a counter."""
+    if ALIGNED:
+        lane, k = _positions(lane, k, L, K, BLOCK, 4, COLUMNS)
+    else:
+        lane, k = _positions(lane, k, L, K, BLOCK, VECTOR, COLUMNS)
+        lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
+    index = _offset(lane, k, row_stride, COLUMNS)
+    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
+    if ALIGNED:
+        words = _in_turn(w0, w1, w2, w3)
+        words = words.reshape([L // 4, K // BLOCK, BLOCK, 4]) if COLUMNS else words.reshape([L, K // BLOCK, BLOCK])
+    else:
+        words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
+    return _to_blocks((words >> 8).to(tl.int32).to(tl.float32), L, K // BLOCK, BLOCK, COLUMNS)
+
+
+@triton.jit
+def _transform(
+    x,
+    k,
+    padded,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SIGNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """`kernels._hadamard` of a tile [L, K] where a thread holds whole runs and all signs, the bits of a word, are
+    known: nothing is left of it but one sum or difference per element and step."""
+    sign = (((SIGNS >> tl.arange(0, SIZE)) & 1) << 31)[None, None, :]
+    y = _float(_bits(x).reshape([L, K // SIZE, SIZE]) ^ sign)
+    for step in tl.static_range(LOG2):
+        pairs = tl.permute(y.reshape([L, K >> (step + 1), 2, 1 << step]), (0, 1, 3, 2))
+        a, b = tl.split(pairs)
+        y = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
+    y = y.reshape([L, K]) * FACTOR
+    if not EVEN:
+        # Past the last run there are sums of signed zeros; a block is filled up with positive ones.
+        y = tl.where(k + tl.arange(0, K)[None, :] < padded, y, 0.0)
+    return y
+
+
+@triton.jit
+def _larger(a, b):
+    """The maximum, NaN where either is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _exponent(amax, up_from, k_max, EMAX: tl.constexpr):
+    """The E8M0 exponent of blocks from the bits of their maxima, as `kernels._encode_e8m0` chooses it."""
+    subnormal = amax < 0x00800000
+    bits = tl.where(subnormal, _bits(_float(amax) * 16777216.0), amax)
+    k = (bits >> 23) - tl.where(subnormal, 127 + 24 + EMAX, 127 + EMAX)
+    k += ((bits & 0x7FFFFF) >= up_from).to(tl.int32)
+    k = tl.minimum(tl.maximum(k, -127), k_max)
+    return tl.where(amax == 0, -127, k)
+
+
+@triton.jit
+def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
+    """|x| * inverse on the grid of E2M1 times `one`, a power of two, with the sign of x; `u` as `_random` gives it."""
+    t = tl.minimum(tl.abs(x) * inverse, 6.0 * one)
+    power = _float(_bits(tl.maximum(t, one)) & _INF)
+    if STOCHASTIC:
+        # The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact.
+        lower = tl.where(t < one, tl.where(t < 0.5 * one, 0.0, 0.5 * one), _float(_bits(t) & -0x400000))
+        q = tl.where(u * (power * 2.0**-25) < t - lower, tl.fma(power, 0.5, lower), lower)
+    else:
+        q = tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
+    return _float(_bits(q) | (_bits(x) & _SIGN))
+
+
+@triton.jit
+def _quantize_axis(
+    x_ptr,
+    values_ptr,
+    scale_ptr,
+    exponents_ptr,
+    flags_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    lane0,
+    k0,
+    lanes,
+    size,
+    padded,
+    length,
+    counter_stream,
+    sign_stream,
+    up_from,
+    k_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EMAX: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SIGNS: tl.constexpr,
+):
+    """A tile of L lanes of x in blocks along them, K elements each, of lanes of `size`, `padded` by the transform and
+    stored as rows of `length`."""
+    NB: tl.constexpr = K // BLOCK
+    lane, k = _positions(lane0, k0, L, K, BLOCK, VECTOR, COLUMNS)
+    lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
+    pointers = x_ptr + _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
+    x = tl.load(pointers) if EVEN else tl.load(pointers, (lane < lanes) & (k < size), 0.0)
+    x = _to_blocks(x.to(tl.float32), L, NB, BLOCK, COLUMNS)
+    if HADAMARD:
+        x = x.reshape([L, K])
+        if SIGNS is None:
+            x = _hadamard(x, k0, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+        else:
+            x = _transform(x, k0, padded, L, K, HADAMARD, LOG2, FACTOR, SIGNS, EVEN)
+        x = x.reshape([L, NB, BLOCK])
+    amax = _bits(tl.reduce(tl.abs(x), 2, _larger))
+    bad = amax >= _INF
+    exponent = _exponent(amax, up_from, k_max, EMAX)
+    lane = lane0 + tl.arange(0, L)
+    window = (_bits(tl.load(scale_ptr + lane, lane < lanes, 1.0)) >> 23)[:, None] - 127
+    shift = exponent - window
+    inside = (shift >= -_BELOW) & (shift <= _ABOVE)
+    inverse = _pow2(tl.where(inside, -window, -exponent))
+    one = _pow2(tl.where(inside, shift, 0))
+    # A NaN takes the same way as every number.
+    inverse, one = tl.where(bad, float("nan"), inverse), tl.where(bad, float("nan"), one)
+    u = x
+    if STOCHASTIC:
+        stride = lanes if COLUMNS else padded
+        u = _random(
+            lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, VECTOR, COLUMNS, ALIGNED, WIDE
+        )  # fmt: skip
+    q = _round(x, u, inverse[:, :, None], one[:, :, None], STOCHASTIC)
+
+    row, column = lane[:, None], k0 + tl.arange(0, K)[None, :]
+    stored = q.reshape([L, K]).to(values_ptr.dtype.element_ty)
+    if WIDE:
+        row = row.to(tl.int64)
+    if EVEN:
+        tl.store(values_ptr + row * length + column, stored)
+    else:
+        tl.store(values_ptr + row * length + column, stored, (row < lanes) & (column < length))
+    block = k0 // BLOCK + tl.arange(0, NB)[None, :]
+    there = (row < lanes) & (block < length // BLOCK)
+    byte = tl.where(bad, 255, exponent + 127).to(tl.uint8)
+    tl.store(exponents_ptr + block * lanes + row, byte, there)
+    outside = tl.where(inside | bad | (amax == 0), 0, 1)
+    if tl.max(tl.max(outside, axis=1), axis=0) != 0:
+        # Every program that finds one stores the same.
+        group = tl.broadcast_to(row // _FLAGGED, [L, NB])
+        tl.store(flags_ptr + group, tl.full([L, NB], 1, tl.uint8), there & (outside == 1))
+
+
+@triton.jit(do_not_specialize=["stream0", "stream1", "sign_stream", "up_from0", "up_from1", "k_max"])
+def quantize(
+    x_ptr,
+    values0_ptr,
+    scale0_ptr,
+    exponents0_ptr,
+    flags0_ptr,
+    values1_ptr,
+    scale1_ptr,
+    exponents1_ptr,
+    flags1_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    rows,
+    columns,
+    padded0,
+    length0,
+    padded1,
+    length1,
+    stream0,
+    stream1,
+    sign_stream,
+    up_from0,
+    up_from1,
+    k_max,
+    across,
+    TILE0: tl.constexpr,
+    TILE1: tl.constexpr,
+    VECTOR0: tl.constexpr,
+    VECTOR1: tl.constexpr,
+    EVEN: tl.constexpr,
+    ALIGNED0: tl.constexpr,
+    ALIGNED1: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EMAX: tl.constexpr,
+    STOCHASTIC0: tl.constexpr,
+    HADAMARD0: tl.constexpr,
+    LOG20: tl.constexpr,
+    FACTOR0: tl.constexpr,
+    SIGNS0: tl.constexpr,
+    STOCHASTIC1: tl.constexpr,
+    HADAMARD1: tl.constexpr,
+    LOG21: tl.constexpr,
+    FACTOR1: tl.constexpr,
+    SIGNS1: tl.constexpr,
+):
+    """x [rows, columns] in blocks along axis 0, along axis 1, or both; results of an axis that is not wanted are None.
+
+    `across`: tiles side by side. Either axis reads the tile in its own order; the second time it comes from the cache.
+    """
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    row, column = pid // across * TILE0, pid % across * TILE1
+    if values1_ptr is not None:
+        _quantize_axis(
+            x_ptr, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
+            row, column, rows, columns, padded1, length1, stream1, sign_stream, up_from1, k_max,
+            TILE0, TILE1, VECTOR1, False, EVEN, ALIGNED1, WIDE, BLOCK, EMAX,
+            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1,
+        )  # fmt: skip
+    if values0_ptr is not None:
+        _quantize_axis(
+            x_ptr, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
+            column, row, columns, rows, padded0, length0, stream0, sign_stream, up_from0, k_max,
+            TILE1, TILE0, VECTOR0, True, EVEN, ALIGNED0, WIDE, BLOCK, EMAX,
+            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0,
+        )  # fmt: skip
+
+
+# --- the exact GEMM of flagged rows ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decoded(
+    values_ptr,
+    scale_ptr,
+    exponents_ptr,
+    row,
+    block,
+    rows,
+    blocks,
+    R: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """STEP blocks of R rows, decoded: fp32 [R, STEP * BLOCK] of two significant bits; zeros past the edges."""
+    there = row < rows
+    window = (_bits(tl.load(scale_ptr + row, there, 1.0)) >> 23)[:, None] - 127
+    row, there = row.to(tl.int64)[:, None], there[:, None]
+    k = block * BLOCK + tl.arange(0, STEP * BLOCK)[None, :]
+    values = tl.load(values_ptr + row * (blocks * BLOCK) + k, there & (k < blocks * BLOCK), 0.0)
+    at = block + tl.arange(0, STEP)[None, :]
+    exponent = tl.load(exponents_ptr + at.to(tl.int64) * rows + row, there & (at < blocks), 0).to(tl.int32) - 127
+    shift = exponent - window
+    inside = (shift >= -_BELOW) & (shift <= _ABOVE)
+    # A block of NaN has no exponent of its own, and needs none.
+    scale = _pow2(tl.where(inside | (exponent > 127), window, exponent))
+    return (values.to(tl.float32).reshape([R, STEP, BLOCK]) * scale[:, :, None]).reshape([R, STEP * BLOCK])
+
+
+@triton.jit
+def _again(
+    p_ptr,
+    p_scale_ptr,
+    p_exponents_ptr,
+    p_flags,
+    q_ptr,
+    q_scale_ptr,
+    q_exponents_ptr,
+    q_flags_ptr,
+    bias_ptr,
+    out_ptr,
+    p_rows,
+    q_rows,
+    blocks,
+    p_stride,
+    q_stride,
+    FLAGS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """Of the product of flagged rows of p and all rows of q what this program does: a chunk of TILE rows of q against
+    every SPLIT-th flagged group of p. SECOND: p holds the columns, and rows that the first time wrote are left out."""
+    chunk, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    at = tl.arange(0, FLAGS)
+    mine = (p_flags != 0) & (tl.cumsum(p_flags, 0) % SPLIT == part)
+    group = tl.min(tl.where(mine, at, FLAGS), axis=0)
+    q = chunk * TILE + tl.arange(0, TILE)
+    while (group < FLAGS) & (chunk * TILE < q_rows):
+        p = group * _FLAGGED + tl.arange(0, _FLAGGED)
+        total = tl.zeros([_FLAGGED, TILE], tl.float32)
+        block = tl.zeros([], tl.int32)
+        while block < blocks:  # not range(): Triton's interpreter cannot count to a tensor
+            left = _decoded(p_ptr, p_scale_ptr, p_exponents_ptr, p, block, p_rows, blocks, _FLAGGED, STEP, BLOCK)
+            right = _decoded(q_ptr, q_scale_ptr, q_exponents_ptr, q, block, q_rows, blocks, TILE, STEP, BLOCK)
+            total = tl.dot(left, tl.trans(right), total, input_precision="tf32")  # which holds them
+            block += STEP
+        wanted = (p < p_rows)[:, None] & (q < q_rows)[None, :]
+        if SECOND:
+            wanted = wanted & (tl.load(q_flags_ptr + q // _FLAGGED, q < q_rows, 1) == 0)[None, :]
+        if bias_ptr is not None:
+            column, columns = (p[:, None], p_rows) if SECOND else (q[None, :], q_rows)
+            total += tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
+        pointers = out_ptr + p.to(tl.int64)[:, None] * p_stride + q.to(tl.int64)[None, :] * q_stride
+        tl.store(pointers, total.to(out_ptr.dtype.element_ty), wanted)
+        group = tl.min(tl.where(mine & (at > group), at, FLAGS), axis=0)
+
+
+@triton.jit
+def exact(
+    a_ptr,
+    a_scale_ptr,
+    a_exponents_ptr,
+    a_flags_ptr,
+    b_ptr,
+    b_scale_ptr,
+    b_exponents_ptr,
+    b_flags_ptr,
+    bias_ptr,
+    out_ptr,
+    counts_ptr,
+    rows,
+    columns,
+    blocks,
+    FLAGS_A: tl.constexpr,
+    FLAGS_B: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out [rows, columns] = a b^T + bias again where a group of rows of a or b is flagged; at once done where none is.
+
+    `counts`: GEMMs that had a flag, and all GEMMs.
+    """
+    at_a, at_b = tl.arange(0, FLAGS_A), tl.arange(0, FLAGS_B)
+    a_flags = tl.load(a_flags_ptr + at_a, at_a * _FLAGGED < rows, 0).to(tl.int32)
+    b_flags = tl.load(b_flags_ptr + at_b, at_b * _FLAGGED < columns, 0).to(tl.int32)
+    of_a, of_b = tl.max(a_flags, axis=0), tl.max(b_flags, axis=0)
+    if tl.program_id(0) == 0:
+        tl.atomic_add(counts_ptr, (of_a | of_b).to(tl.int64))
+        tl.atomic_add(counts_ptr + 1, tl.full([], 1, tl.int64))
+    if of_a != 0:
+        _again(
+            a_ptr, a_scale_ptr, a_exponents_ptr, a_flags, b_ptr, b_scale_ptr, b_exponents_ptr, b_flags_ptr,
+            bias_ptr, out_ptr, rows, columns, blocks, columns, 1, FLAGS_A, TILE, SPLIT, STEP, BLOCK, False,
+        )  # fmt: skip
+    if of_b != 0:
+        _again(
+            b_ptr, b_scale_ptr, b_exponents_ptr, b_flags, a_ptr, a_scale_ptr, a_exponents_ptr, a_flags_ptr,
+            bias_ptr, out_ptr, columns, rows, blocks, 1, columns, FLAGS_B, TILE, SPLIT, STEP, BLOCK, True,
+        )  # fmt: skip

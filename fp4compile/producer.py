@@ -1,0 +1,189 @@
+"""Elementwise arithmetic in front of a quantisation, as data that an op can carry and any backend can run.
+
+    silu(gate) * up, all of it bf16:
+    "full full: t0 = cast.float32(a0); t1 = neg.float32(t0); t2 = exp.float32(t1); t3 = add.float32(t2, 1.0);
+     t4 = div.float32(t0, t3); t5 = cast.bfloat16(t4); t6 = mul.bfloat16(t5, a1)"
+
+The head names the layout of each operand against the result [M, K]: `full` [M, K], `row` [M, 1], `column` [1, K],
+`scalar` [1, 1]. Every step computes in fp32 and rounds once to the dtype that it names, as eager torch does on fp32,
+bf16 and fp16; the last step is the result.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fp4compile.errors import FP4ValueError, unknown
+
+aten = torch.ops.aten
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+LAYOUTS = ("full", "row", "column", "scalar")
+
+
+@dataclass(frozen=True)
+class Function:
+    """One elementwise function.
+
+    Attributes:
+        name: in the text of a producer.
+        arity: number of operands.
+        run: on fp32 tensors (and Python floats).
+        targets: the graph ops that it stands for.
+    """
+
+    name: str
+    arity: int
+    run: Callable[..., Tensor]
+    targets: tuple[Any, ...]
+
+
+FUNCTIONS: Mapping[str, Function] = MappingProxyType(
+    {
+        f.name: f
+        for f in (
+            Function("cast", 1, lambda a: a, (torch.ops.prims.convert_element_type.default, aten._to_copy.default)),
+            Function("neg", 1, torch.neg, (aten.neg.default,)),
+            Function("abs", 1, torch.abs, (aten.abs.default,)),
+            Function("exp", 1, torch.exp, (aten.exp.default,)),
+            Function("erf", 1, torch.erf, (aten.erf.default,)),
+            Function("sqrt", 1, torch.sqrt, (aten.sqrt.default,)),
+            Function("rsqrt", 1, torch.rsqrt, (aten.rsqrt.default,)),
+            Function("sigmoid", 1, torch.sigmoid, (aten.sigmoid.default,)),
+            Function("relu", 1, torch.relu, (aten.relu.default,)),
+            Function("add", 2, operator.add, (aten.add.Tensor, aten.add.Scalar)),
+            Function("sub", 2, operator.sub, (aten.sub.Tensor, aten.sub.Scalar)),
+            Function("mul", 2, operator.mul, (aten.mul.Tensor, aten.mul.Scalar)),
+            Function("div", 2, operator.truediv, (aten.div.Tensor, aten.div.Scalar)),
+        )
+    }
+)
+
+_BY_TARGET = {target: function for function in FUNCTIONS.values() for target in function.targets}
+
+
+def function_of(node: Node) -> Function | None:
+    """The elementwise function that a graph node applies, or None."""
+    known = _BY_TARGET.get(node.target) if node.op == "call_function" else None
+    if known is None or node.meta["val"].dtype not in DTYPES.values() or "alpha" in node.kwargs:
+        return None
+    return known if all(isinstance(v, Node | int | float) for v in node.args[: known.arity]) else None
+
+
+# An operand of a step: the name of an input (a0, a1, …) or of an earlier step (t0, t1, …), or a number.
+Value = str | float
+
+
+@dataclass(frozen=True)
+class Step:
+    """`function` of `values`, rounded to `dtype`."""
+
+    function: str
+    dtype: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A parsed text.
+
+    Attributes:
+        layouts: of the operands, in order.
+        steps: in order of evaluation; the last is the result.
+    """
+
+    layouts: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the result."""
+        return DTYPES[self.steps[-1].dtype]
+
+    def __str__(self) -> str:
+        steps = (f"t{i} = {s.function}.{s.dtype}({', '.join(map(str, s.values))})" for i, s in enumerate(self.steps))
+        return f"{' '.join(self.layouts)}: {'; '.join(steps)}"
+
+
+_STEP = re.compile(r"t(\d+) = (\w+)\.(\w+)\(([^)]*)\)")
+_NAME = re.compile(r"([at])(\d+)")
+
+
+def _value(text: str, inputs: int, steps: int) -> Value:
+    name = _NAME.fullmatch(text)
+    if name is None:
+        return float(text)
+    if int(name[2]) >= {"a": inputs, "t": steps}[name[1]]:
+        raise ValueError(f"{text} is not defined")
+    return text
+
+
+def _step(text: str, inputs: int, number: int) -> Step:
+    found = _STEP.fullmatch(text)
+    if found is None or int(found[1]) != number:
+        raise ValueError(f"expected 't{number} = function.dtype(…)', got {text!r}")
+    values = tuple(_value(v, inputs, number) for v in found[4].split(", "))
+    for what, name, table in (("function", found[2], FUNCTIONS), ("dtype", found[3], DTYPES)):
+        if name not in table:
+            raise unknown(what, name, table)
+    if len(values) != FUNCTIONS[found[2]].arity:
+        raise ValueError(f"{found[2]} takes {FUNCTIONS[found[2]].arity} operands, got {len(values)}")
+    return Step(found[2], found[3], values)
+
+
+@cache
+def parse(text: str) -> Producer:
+    """Read the text of a producer.
+
+    Raises:
+        FP4ValueError: it is malformed.
+    """
+    head, _, body = text.partition(": ")
+    layouts = tuple(head.split())
+    try:
+        for layout in layouts:
+            if layout not in LAYOUTS:
+                raise unknown("layout", layout, LAYOUTS)
+        steps = tuple(_step(part, len(layouts), i) for i, part in enumerate(body.split("; ")))
+    except ValueError as error:
+        raise FP4ValueError(f"malformed producer {text!r}: {error}") from error
+    return Producer(layouts, steps)
+
+
+def produce(x: Tensor, operands: Sequence[Tensor | None], text: str) -> Tensor:
+    """The tensor that a producer makes of its operands; x itself where there is none.
+
+    Args:
+        x: the first operand, [M, K].
+        operands: the others, of any shape with as many elements as their layout has; None behind the last.
+        text: the producer, or "".
+
+    Returns:
+        [M, K] in the producer's dtype.
+    """
+    if not text:
+        return x
+    producer = parse(text)
+    rows, columns = x.shape
+    shapes = {"full": (rows, columns), "row": (rows, 1), "column": (1, columns), "scalar": (1, 1)}
+    given = zip(producer.layouts, (x, *operands), strict=False)
+    values: dict[Value, Tensor] = {}
+    for i, (layout, operand) in enumerate(given):
+        assert operand is not None
+        values[f"a{i}"] = operand.to(torch.float32).reshape(shapes[layout])
+    for i, step in enumerate(producer.steps):
+        result = FUNCTIONS[step.function].run(*(values.get(v, v) for v in step.values))
+        values[f"t{i}"] = result.to(DTYPES[step.dtype]).to(torch.float32)
+    return values[f"t{len(producer.steps) - 1}"].expand(x.shape).to(producer.dtype)

@@ -1,0 +1,202 @@
+"""Absorb the elementwise producer of a quantised tensor into its quantisation: no pass over memory between the two.
+
+    %silu = ... silu(%gate) ...
+    %h    = mul(%silu, %up)
+    fake_quantize(%h, 'hif4', 1)
+    ->
+    fake_quantize(%gate, 'hif4', 1, p1=%up, producer='full full: t0 = cast.float32(a0); ...')
+
+It happens where quantisations are the only readers of the tensor, so that the tensor itself is never written, and
+where one op per half of the step quantises it, so that it is not computed twice. A value on the way that others read
+too is written in any case: it is read, not computed again, unless a single tensor and statistics of its rows make it.
+Norms are absorbed behind their statistics, which stay reductions of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fp4compile.graph import below_views, is_backward, readers
+from fp4compile.ops import OPS
+from fp4compile.pipeline import Context
+from fp4compile.producer import DTYPES, Function, Producer, Step, function_of
+from fp4compile.rewrite import call, refresh
+
+aten = torch.ops.aten
+
+# Reading more tensors than these costs more than one pass over memory.
+_MOST_TENSORS = 4
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TENSOR_SCALE = OPS["tensor_scale"].overload
+_ABSORBING = {op.overload: op for op in OPS.values() if "producer" in op.signature.parameters}
+
+
+class _Refused(Exception):
+    """No producer that a kernel could compute."""
+
+
+def _layout(node: Node, rows: Any, columns: Any) -> str:
+    """How a tensor lies against the result [rows, columns]."""
+    shape = node.meta["val"].shape
+    size, last = node.meta["val"].numel(), shape[-1] if shape else 1
+    found = {"full": (rows * columns, columns), "column": (columns, columns), "row": (rows, 1), "scalar": (1, 1)}
+    for layout, (wanted, width) in found.items():
+        if statically_known_true(size == wanted) and statically_known_true(last == width):
+            return layout
+    raise _Refused(f"{node} has shape {tuple(shape)}")
+
+
+@dataclass
+class _Builder:
+    """Collects the operands and steps of one producer, whose result is [rows, columns]."""
+
+    rows: Any
+    columns: Any
+    operands: list[Node] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    names: dict[Node, str] = field(default_factory=dict)
+    tensors: dict[Node, frozenset[Node]] = field(default_factory=dict)
+
+    def add(self, node: Node, root: bool = False) -> str:
+        """The name of a node's value: that of an operand, or of the step that computes it."""
+        node = below_views(node)
+        if node not in self.names:
+            function = None if not root and self._is_written(node) else function_of(node)
+            self.names[node] = self._operand(node) if function is None else self._step(node, function)
+        return self.names[node]
+
+    def _is_written(self, node: Node) -> bool:
+        """Whether the value is in memory whatever this pass does; statistics of rows are."""
+        return _layout(node, self.rows, self.columns) != "full" or self._tensors_below(node) == {node}
+
+    def _tensors_below(self, node: Node) -> frozenset[Node]:
+        """The written tensors of full size that a value is a function of; itself, where it is one of them."""
+        node = below_views(node)
+        if node not in self.tensors:
+            self.tensors[node] = self._find_tensors(node)
+        return self.tensors[node]
+
+    def _find_tensors(self, node: Node) -> frozenset[Node]:
+        if _layout(node, self.rows, self.columns) != "full":
+            return frozenset()
+        function = function_of(node)
+        if function is None:
+            return frozenset({node})
+        sources = [v for v in node.args[: function.arity] if isinstance(v, Node)]
+        found: frozenset[Node] = frozenset().union(*map(self._tensors_below, sources))
+        shared = sum(1 for _ in readers(node)) > 1
+        return frozenset({node}) if shared and len(found) > 1 else found
+
+    def _operand(self, node: Node) -> str:
+        fake = node.meta["val"]
+        layout = _layout(node, self.rows, self.columns)
+        if fake.dtype not in _DTYPE_NAMES or (layout == "full" and not fake.is_contiguous()):
+            raise _Refused(f"{node} is {fake.dtype} with strides {fake.stride()}")
+        self.operands.append(node)
+        self.layouts.append(layout)
+        return f"a{len(self.operands) - 1}"
+
+    def _step(self, node: Node, function: Function) -> str:
+        given = cast(tuple[Node | float, ...], node.args[: function.arity])
+        values = tuple(self.add(v) if isinstance(v, Node) else float(v) for v in given)
+        self.steps.append(Step(function.name, _DTYPE_NAMES[node.meta["val"].dtype], values))
+        return f"t{len(self.steps) - 1}"
+
+    def build(self) -> tuple[list[Node], Producer]:
+        """Operands, one of full size first, and the producer of them."""
+        if "full" not in self.layouts or self.layouts.count("full") > _MOST_TENSORS:
+            raise _Refused(f"it reads {self.layouts.count('full')} tensors")
+        first = self.layouts.index("full")
+        order = [first, *(i for i in range(len(self.operands)) if i != first)]
+        names = {f"a{old}": f"a{new}" for new, old in enumerate(order)}
+        steps = tuple(
+            Step(s.function, s.dtype, tuple(names.get(v, v) if isinstance(v, str) else v for v in s.values))
+            for s in self.steps
+        )
+        return [self.operands[i] for i in order], Producer(tuple(self.layouts[i] for i in order), steps)
+
+
+def _check_readers(root: Node, tensors: int) -> None:
+    """Refuse a tensor that is written anyway, or is cheaper to write than to compute for each of its readers."""
+    reading = list(readers(root))
+    for reader in reading:
+        if reader.target not in _ABSORBING or root in map(below_views, reader.all_input_nodes[1:]):
+            raise _Refused(f"{reader} reads {root} too")
+    for half in (False, True):  # forward, backward
+        inside = [reader for reader in reading if is_backward(reader) is half]
+        quantisations = [reader for reader in inside if reader.target is not _TENSOR_SCALE]
+        # Read by each, or read once, written, and that read by each.
+        more = len(inside) * tensors >= tensors + 1 + len(inside)
+        if len(quantisations) > 1 or (len(inside) > 1 and more):
+            raise _Refused(f"{len(inside)} ops would compute {root} from {tensors} tensors")
+
+
+def _producer(x: Node) -> tuple[list[Node], Producer]:
+    """Operands and producer of a tensor that only quantisations read."""
+    root = below_views(x)
+    if function_of(root) is None or x.meta["val"].dim() != 2:
+        raise _Refused(f"{root} is not elementwise")
+    builder = _Builder(*x.meta["val"].shape)
+    builder.add(root, root=True)
+    _check_readers(root, builder.layouts.count("full"))
+    return builder.build()
+
+
+def _as_matrix(graph: Graph, operand: Node, x: Node) -> Node:
+    """The operand in the shape of x."""
+    shape = x.meta["val"].shape
+    if operand.meta["val"].shape == shape:
+        return operand
+    if x.target is aten.view.default:
+        return call(graph, aten.view.default, (operand, x.args[1]), x)
+    if all(isinstance(size, int) for size in shape):
+        return call(graph, aten.view.default, (operand, list(shape)), x)
+    raise _Refused(f"the shape of {x} is symbolic")
+
+
+def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], context: Context) -> bool:
+    x = cast(Node, consumer.args[0])
+    (first, *others), producer = made
+    before = consumer.args, dict(consumer.kwargs)
+    try:
+        with graph.inserting_before(consumer):
+            consumer.update_arg(0, _as_matrix(graph, first, x))
+    except _Refused:
+        return False
+    for i, operand in enumerate(others, 1):
+        consumer.update_kwarg(f"p{i}", operand)
+    consumer.update_kwarg("producer", str(producer))
+    if context.has_kernel(consumer):
+        refresh(consumer)
+        return True
+    consumer.args, consumer.kwargs = before
+    return False
+
+
+def _made(consumer: Node) -> tuple[list[Node], Producer] | None:
+    try:
+        return _producer(cast(Node, consumer.args[0]))
+    except _Refused:
+        return None
+
+
+@dataclass(frozen=True)
+class Absorb:
+    """Let quantisations compute what they quantise."""
+
+    name: ClassVar[str] = "absorb"
+    needs: ClassVar[tuple[str, ...]] = ("fused",)
+    gives: ClassVar[tuple[str, ...]] = ("absorbed",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        graph = graph_module.graph
+        consumers = [n for n in graph.nodes if n.target in _ABSORBING and "producer" not in n.kwargs]
+        # All are decided before the first is absorbed: from then on its readers no longer show.
+        made = {consumer: found for consumer in consumers if (found := _made(consumer))}
+        return sum(_absorb(graph, consumer, found, context) for consumer, found in made.items())

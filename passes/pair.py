@@ -1,0 +1,103 @@
+"""Read a tensor once for both of its quantisations.
+
+    %g0 = fake_quantize(%dy, 'hif4', 0)          # wgrad
+    %g1 = fake_quantize(%dy, 'hif4', 1)          # dgrad
+    ->
+    %both = fake_quantize_both(%dy, 'hif4', ...)
+    %g0, %g1 = getitem(%both, 0), getitem(%both, 1)
+
+Only where the backend has a kernel for it, and within one half of the joint graph: across both, what the backward
+reads would have to be kept from the forward on. That costs nothing for a tensor that nothing else reads, as the input
+of a projection behind a norm or an activation: its quantised form is kept in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import Graph, GraphModule, Node
+
+from fp4compile.graph import is_backward, only_quantised
+from fp4compile.ops import OPS
+from fp4compile.pipeline import Context
+from fp4compile.rewrite import arguments, call
+
+_ONE, _BOTH = OPS["fake_quantize"].overload, OPS["fake_quantize_both"].overload
+_TENSOR_SCALE = OPS["tensor_scale"].overload
+_PER_AXIS = ("rounding", "stream", "hadamard", "block_2d")
+_SHARED = ("format", "scale_rule", "sign_seed", "fold")
+
+
+def _pairs(graph: Graph) -> Iterator[tuple[Node, Node]]:
+    """Fake quantisations of one matrix along axis 0 and axis 1 that one op can do."""
+    found: dict[Any, dict[int, Node]] = defaultdict(dict)
+    for node in graph.find_nodes(op="call_function", target=_ONE, sort=True):
+        given = arguments(node)
+        if given["x"].meta["val"].dim() == 2:
+            half = not only_quantised(given["x"]) and is_backward(node)
+            key = given["x"], half, *(given[name] for name in _SHARED)
+            found[key].setdefault(given["axis"] % 2, node)
+    for by_axis in found.values():
+        seeds = {seed for node in by_axis.values() if (seed := arguments(node)["seed"]) is not None}
+        if len(by_axis) == 2 and len(seeds) < 2:
+            yield by_axis[0], by_axis[1]
+
+
+def _late_inputs(order: dict[Node, int], earlier: Node, later: Node) -> list[Node] | None:
+    """What must move before `earlier` for `later` to run there: tensor scales; None where more would have to."""
+    late = [node for node in later.all_input_nodes if order[node] > order[earlier]]
+    for node in late:
+        if node.target is not _TENSOR_SCALE or any(order[n] > order[earlier] for n in node.all_input_nodes):
+            return None
+    return late
+
+
+def _both(graph: Graph, nodes: tuple[Node, Node], like: Node) -> Node:
+    given = [arguments(node) for node in nodes]
+    lists = [[each[name] for each in given] for name in _PER_AXIS]
+    options = {f"tensor_scale_{axis}": each["tensor_scale"] for axis, each in enumerate(given)}
+    options["seed"] = next((each["seed"] for each in given if each["seed"] is not None), None)
+    options["sign_seed"] = given[0]["sign_seed"]
+    options = {name: value for name, value in options.items() if value is not None}
+    if not given[0]["fold"]:
+        options["fold"] = False
+    x, format, scale_rule = (given[0][name] for name in ("x", "format", "scale_rule"))
+    return call(graph, _BOTH, (x, format, scale_rule, *lists), like, **options)
+
+
+def _rewrite(graph: Graph, nodes: tuple[Node, Node], context: Context) -> bool:
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    earlier, later = sorted(nodes, key=order.__getitem__)
+    late = _late_inputs(order, earlier, later)
+    if late is None:
+        return False
+    with graph.inserting_before(later):
+        both = _both(graph, nodes, earlier)
+    if not context.has_kernel(both):
+        graph.erase_node(both)
+        return False
+    for node in (*late, both):
+        earlier.prepend(node)
+    for axis, node in enumerate(nodes):
+        with graph.inserting_after(both):
+            node.replace_all_uses_with(call(graph, operator.getitem, (both, axis), earlier))
+    for node in nodes:
+        graph.erase_node(node)
+    return True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Quantise a matrix along both axes in one op, where the backend has a kernel for that."""
+
+    name: ClassVar[str] = "pair"
+    needs: ClassVar[tuple[str, ...]] = ("fused",)
+    gives: ClassVar[tuple[str, ...]] = ("paired",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        graph = graph_module.graph
+        return sum(_rewrite(graph, nodes, context) for nodes in list(_pairs(graph)))

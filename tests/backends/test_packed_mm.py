@@ -1,0 +1,549 @@
+"""`mm` on a packed weight: on a GPU, in Triton's interpreter, and compiled for a GPU, against the op's reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4compile.backend import No, Yes
+from fp4compile.backends import triton as table
+from fp4compile.backends.triton import packed_launch, tune
+from fp4compile.backends.triton.packed_launch import CUTS, Cut
+from fp4compile.codec import tensor_scale
+from fp4compile.formats import FORMATS
+from fp4compile.ops import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("hif4", "mxfp4", "nvfp4")
+(KERNEL,) = (kernel for kernel in table.KERNELS if kernel.name == "triton/packed_mm")
+HOPPER = {"multiprocessors": 132, "shared": 227 * 1024}
+NAN = {"hif4": 0xFF, "mxfp4": 0xFF, "nvfp4": 0x7F}
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def call(
+    format: str, m: int, n: int, k: int, block_2d: bool = False, scaled: bool = False, biased: bool = False
+) -> dict[str, Any]:
+    """All arguments of a call: bf16 tokens, and a weight whose rows differ in range."""
+    weight = randn(n, k, seed=1) * randn(n, 1, seed=2).mul(2).exp()
+    scale = tensor_scale(weight, FORMATS[format]) if FORMATS[format].has_tensor_scale and scaled else None
+    codes, scales = OPS["quantize"].reference(weight, format, -1, block_2d=block_2d, tensor_scale=scale)
+    given = {
+        "a": randn(m, k).bfloat16(),
+        "b": codes,
+        "b_scales": scales,
+        "bias": randn(n, seed=3).bfloat16() if biased else None,
+        "a_tensor_scale": torch.tensor(0.37) if scaled else None,
+        "b_tensor_scale": scale,
+        "b_format": format,
+        "b_block_2d": block_2d,
+        "k": k,
+    }
+    bound = inspect.signature(OPS["mm"].reference).bind(**given)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The product in fp64, and how far fp32 sums may be from it."""
+    weight = (
+        OPS["dequantize"]
+        .reference(
+            given["b"], given["b_scales"], None, given["b_format"], -1, given["k"], given["b_block_2d"], torch.float32
+        )
+        .double()
+    )
+    a, factor = given["a"].double(), 1.0
+    for name in ("a_tensor_scale", "b_tensor_scale"):
+        factor *= 1.0 if given[name] is None else given[name].double().item()
+    y, size = a @ weight.T * factor, a.abs() @ weight.abs().T * abs(factor)
+    if given["bias"] is not None:
+        y, size = y + given["bias"].double(), size + given["bias"].double().abs()
+    return y, size * 2.0**-20
+
+
+def assert_rounded_once(got: Tensor, given: dict[str, Any]) -> None:
+    """The exact product, summed in fp32 and rounded once."""
+    expected, slack = exact({n: v.cpu() if isinstance(v, Tensor) else v for n, v in given.items()})
+    half_ulp = torch.finfo(got.dtype).eps / 2
+    error = (got.cpu().double() - expected).abs()
+    assert got.shape == expected.shape
+    assert (error <= expected.abs() * half_ulp * 1.001 + slack).all()
+
+
+def moved(given: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.cuda() if isinstance(v, Tensor) else v for n, v in given.items()}
+
+
+def multiplied(given: dict[str, Any], cut: Cut, plain: bool, dtype: torch.dtype) -> Tensor:
+    """The GEMM of a call, cut as given."""
+    (m, k), format = given["a"].shape, given["b_format"]
+    overlap = not plain and torch.cuda.get_device_capability() >= (9, 0)
+    planned = packed_launch.plan(cut, m, k, format, given["b_block_2d"], overlap, plain)
+    parts = (given[n] for n in ("a", "b", "b_scales", "bias", "a_tensor_scale", "b_tensor_scale"))
+    return packed_launch.multiply(*parts, planned, dtype)
+
+
+# Every kind of cut, small: slices in a program, parts among programs, both kernels.
+SMALL = (
+    Cut("few_tokens", 16, 8, 64, 2, warps=2, slices=1),
+    Cut("few_tokens", 16, 8, 128, 2, warps=4, slices=2),
+    Cut("few_tokens", 16, 16, 64, 2, warps=2, slices=2, parts=3),
+    Cut("many_tokens", 64, 32, 64, 2, warps=4),
+    Cut("many_tokens", 64, 16, 128, 2, warps=4, parts=2),
+)
+# Whole tiles; ragged in every direction; less than a block.
+SHAPES = ((16, 128, 512), (7, 37, 500), (33, 65, 192), (1, 70, 1000), (3, 5, 9))
+
+
+def calls(format: str) -> Iterator[dict[str, Any]]:
+    """Shapes, and what else a call can hold."""
+    for m, n, k in SHAPES:
+        yield call(format, m, n, k)
+    yield call(format, 5, 80, 200, biased=True, scaled=True)
+    if FORMATS[format].block_2d:
+        yield call(format, 5, 80, 200, block_2d=True)
+
+
+# --- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def interpret(every: int) -> None:
+    """Every n-th pair of a cut and a call, on CPU tensors; only where Triton was imported with TRITON_INTERPRET=1."""
+    pairs = [(cut, given) for format in NAMES for given in calls(format) for cut in SMALL]
+    for cut, given in pairs[::every]:
+        # The interpreter cuts fp32 to bf16 instead of rounding it: fp32 results.
+        given["a"] = given["a"].float() if cut.kernel == "few_tokens" else given["a"]
+        assert_rounded_once(multiplied(given, cut, plain=True, dtype=torch.float32), given)
+
+
+def _interpret_apart(every: int) -> None:
+    # Triton decides when it is imported whether it compiles or interprets.
+    code = f"from tests.backends.test_packed_mm import interpret; interpret({every})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_triton
+def test_the_interpreter_agrees_with_the_reference() -> None:
+    _interpret_apart(7)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_interpreter_agrees_with_the_reference_on_every_cut() -> None:
+    _interpret_apart(1)
+
+
+_POINTERS = {
+    "x_ptr": "*bf16",
+    "codes_ptr": "*i32",
+    "y_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "counts_ptr": "*i32",
+}
+
+
+def compiled(cut: Cut, format: str, m: int) -> Any:
+    """What Triton makes of a cut for sm_90, n and k multiples of 16."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    planned = packed_launch.plan(cut, m, 4096, format, False, overlap=True, plain=False)
+    kernel = getattr(packed_launch._kernels(), cut.kernel)
+    absent = dict.fromkeys(("bias_ptr", "a_ts_ptr", "b_ts_ptr"))
+    constants = {**planned.constants, **absent}
+    words = FORMATS[format].scale_dtype == torch.int32 or planned.constants["UNIT"] > planned.constants["BLOCK"]
+    pointers = {**_POINTERS, "scales_ptr": "*i32" if words else "*u8"}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    aligned = (*pointers, "N", "K", "x_stride", "units")
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": cut.warps, "launch_pdl": planned.overlap}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@needs_triton
+@pytest.mark.parametrize("format", NAMES)
+@pytest.mark.parametrize("most", CUTS)
+def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str) -> None:
+    _, cut = packed_launch.cuts(most, format)[0]
+    result = compiled(cut, format, most)
+    assert ("wgmma.mma_async" if cut.kernel == "many_tokens" else "mma.sync") in result.asm["ptx"]
+    loop = result.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    # Nothing computed is put into shared memory, where another thread could read it.
+    assert "ttg.local_alloc %" not in loop
+    assert "ttg.local_store" not in loop
+    assert "ttg.convert_layout" not in loop
+
+
+def _half(bits: int) -> float:
+    return struct.unpack("<f", struct.pack("<I", (bits & 0xFFFF) << 16))[0]
+
+
+def _product(a: int, b: int) -> int:
+    """fma.rn.bf16x2 with -0: both products, which must be bf16 numbers."""
+    bits = 0
+    for at in (0, 16):
+        value = _half(a >> at) * _half(b >> at)
+        (single,) = struct.unpack("<I", struct.pack("<f", value))
+        assert single & 0xFFFF == 0
+        bits |= single >> 16 << at
+    return bits
+
+
+def _permuted(a: int, b: int, selection: int) -> int:
+    bytes_ = (a | b << 32).to_bytes(8, "little")
+    return int.from_bytes(bytes(bytes_[selection >> 4 * i & 7] for i in range(4)), "little")
+
+
+_INSTRUCTIONS: dict[str, Callable[..., int]] = {
+    "mov.b32": lambda a: a,
+    "shl.b32": lambda a, n: a << n & 0xFFFFFFFF,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
+    "mad.lo.u32": lambda a, b, c: (a * b + c) & 0xFFFFFFFF,
+    "prmt.b32": _permuted,
+    "fma.rn.bf16x2": lambda a, b, c: _product(a, b),
+}
+
+
+def executed(assembly: str, *operands: int) -> int:
+    """What inline assembly puts into $0."""
+    registers = {f"${i}": value for i, value in enumerate(operands, 1)}
+    for statement in assembly.strip("{}").split(";"):
+        name, _, arguments = statement.strip().partition(" ")
+        if name in ("", ".reg"):
+            continue
+        target, *sources = (a.strip() for a in arguments.split(","))
+        values = [registers[a] if a in registers else int(a, 0) for a in sources]
+        registers[target] = _INSTRUCTIONS[name](*values)
+    return registers["$0"]
+
+
+def _twice(value: float) -> int:
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return bits | bits >> 16
+
+
+@needs_triton
+@pytest.mark.parametrize("format", NAMES)
+def test_the_assembly_of_a_pair(format: str) -> None:
+    from fp4compile.backends.triton import packed
+
+    fmt, constants = FORMATS[format], packed_launch.known(format)
+    assert not isinstance(constants, No)
+    element = packed._E2M1.value if constants["ELEMENT"] == "e2m1" else packed._EVEN.value
+    if constants["ELEMENT"] == "e2m1":
+        element += (packed._TWO if constants["SCALING"] == "e8m0" else packed._ONE).value
+    # The factor of scale 1: what the kernel leaves out of an operand comes back into the sum.
+    factor = {"e6m2": 2.0**110, "e4m3": 2.0**118, "e8m0": 1.0}[constants["SCALING"]]
+    for j, selection in enumerate(("0x4400", "0x5511", "0x6622", "0x7733")):
+        for first in range(16):
+            for second in range(16):
+                word = first << 8 * j | second << 8 * j + 4 | 0x96C3A5F1 & ~(0xFF << 8 * j)
+                bits = executed(packed._SPLIT.value + selection + element, word, _twice(factor))
+                for code, got in ((first, _half(bits)), (second, _half(bits >> 16))):
+                    expected = fmt.element.values[code]
+                    assert got * constants["FACTOR"] == expected
+                    assert math.copysign(1.0, got) == math.copysign(1.0, expected)
+
+
+@needs_triton
+def test_the_assembly_of_scales() -> None:
+    from fp4compile.backends.triton import packed
+
+    for code in range(256):
+        if code & 0x7F != 0x7F:
+            scale = torch.tensor(code, dtype=torch.uint8).view(torch.float8_e4m3fn).float().item()
+            assert executed(packed._E4M3.value, code) == _twice(scale * 2.0**118)
+    for bit, assembly in enumerate((packed._ADD_1, packed._ADD_2, packed._ADD_16)):
+        mask = (1, 2, 16)[bit]
+        for bits in (0, mask, 0xFFFFFFFF, 0xFFFFFFFF ^ mask):
+            expected = _twice(3.0 * 2.0 ** bool(bits & mask))
+            assert executed(assembly.value, _twice(3.0), bits) == expected
+
+
+def test_every_cut_can_be_launched() -> None:
+    for cuts in CUTS.values():
+        for _, cut in cuts:
+            assert cut.warps % cut.slices == 0
+            assert cut.tokens >= 8
+            assert cut.shared <= HOPPER["shared"]
+
+
+@pytest.mark.parametrize("format", NAMES)
+@pytest.mark.parametrize("most", CUTS)
+def test_every_size_has_a_default_cut(most: int, format: str) -> None:
+    rows = packed_launch.cuts(most, format)
+    assert packed_launch.default(most, 2**20, format, **HOPPER) == rows[0][1]
+    smallest = packed_launch.default(most, 64, format, **HOPPER)
+    assert smallest == next(cut for least, cut in rows if least == 0.0)
+    assert packed_launch.default(most, 64, format, 132, shared=0) is None
+
+
+# Weights [n, k] of an 8-billion model, and what was fastest for them.
+@pytest.mark.parametrize(
+    ("m", "n", "expected"),
+    [
+        (1, 28672, Cut("few_tokens", 16, 8, 256, 3, slices=1)),
+        (1, 6144, Cut("few_tokens", 16, 8, 256, 3, slices=4)),
+        (1, 4096, Cut("few_tokens", 16, 8, 256, 5, slices=4)),
+        (16, 28672, Cut("few_tokens", 32, 16, 256, 3, slices=1)),
+        (16, 6144, Cut("few_tokens", 16, 16, 256, 4, slices=1)),
+        (16, 4096, Cut("few_tokens", 16, 16, 256, 4, slices=2)),
+        (32, 28672, Cut("many_tokens", 64, 32, 128, 4)),
+        (32, 6144, Cut("many_tokens", 64, 32, 128, 4, parts=4)),
+        (64, 28672, Cut("many_tokens", 128, 64, 64, 4)),
+        (64, 6144, Cut("many_tokens", 64, 64, 128, 3, parts=4)),
+        (64, 4096, Cut("many_tokens", 64, 64, 128, 4, parts=4)),
+        (256, 28672, Cut("many_tokens", 128, 128, 64, 4, warps=8)),
+        (256, 6144, Cut("many_tokens", 64, 128, 64, 4, parts=2)),
+        (256, 4096, Cut("many_tokens", 64, 128, 128, 3, parts=2)),
+    ],
+)
+def test_the_default_cut_is_the_one_that_was_fastest(m: int, n: int, expected: Cut) -> None:
+    assert packed_launch.default(m, n, "hif4", **HOPPER) == expected
+
+
+@pytest.mark.parametrize("cut", SMALL)
+@pytest.mark.parametrize("k", [64, 512, 4096, 4160])
+def test_steps_cover_every_column(cut: Cut, k: int) -> None:
+    steps, even = cut.steps(k)
+    covered = steps * cut.k * cut.slices * cut.parts
+    assert covered >= k
+    assert even == (covered == k)
+
+
+def test_counts_are_shared_by_the_launches_of_a_stream_alone() -> None:
+    counts = object.__new__(packed_launch._Counts)
+    counts._zeros, counts._taken, counts._of_stream = torch.arange(counts.SIZE), 0, {}
+    counts._lock = threading.Lock()
+    first, again = counts.of(1, 100, False), counts.of(1, 200, False)
+    assert first is not None
+    assert first is again
+    taken = [first, counts.of(2, 5000, False), counts.of(1, 300, True), counts.of(1, 300, True)]
+    places = torch.cat([t for t in taken if t is not None])
+    assert places.unique().numel() == places.numel() == 4096 + 5000 + 600
+    assert counts.of(1, counts.SIZE, True) is None
+
+
+# --- what it supports ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers as a machine with a GPU gives them."""
+    monkeypatch.setattr(table, "available", lambda least=None: Yes())
+
+
+def _answer(**changes: Any) -> str | None:
+    given = {**call("hif4", 3, 16, 128), **changes}
+    return packed_launch.operands(given)
+
+
+def test_declines_say_why() -> None:
+    codes, scales = call("hif4", 3, 16, 128)["b"], call("hif4", 3, 16, 128)["b_scales"]
+    assert _answer() is None
+    cases: dict[str, dict[str, Any]] = {
+        "not a dense operand": {"a_format": "hif4"},
+        "times a packed one": {"b_format": ""},
+        "is read": {"a": torch.zeros(3, 128, dtype=torch.float64)},
+        "[..., 128]": {"a": torch.zeros(3, 127)},
+        "no matrix": {"b": codes[None]},
+        "with its scales": {"b_scales": None},
+        "do not hold the blocks": {"b_scales": scales[:, :1]},
+        "are written": {"dtype": torch.int8},
+        "b_tensor_scale": {"b_tensor_scale": torch.ones(2)},
+    }
+    for word, changes in cases.items():
+        reason = _answer(**changes)
+        assert reason is not None
+        assert word in reason
+
+
+def test_every_built_in_format_is_read() -> None:
+    for format in NAMES:
+        assert not isinstance(packed_launch.known(format), No)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format", NAMES)
+def test_many_tokens_are_multiplied_by_a_decoded_weight(format: str, dtype: torch.dtype) -> None:
+    given = call(format, packed_launch.MOST_TOKENS + 1, 40, 200, biased=True, scaled=True)
+    given["a"] = given["a"].to(dtype)
+    assert_rounded_once(packed_launch.mm(**given), given)
+
+
+def test_no_tokens_make_no_outputs_and_no_columns_make_the_bias() -> None:
+    given = call("hif4", 0, 40, 200, biased=True)
+    assert packed_launch.mm(**given).shape == (0, 40)
+    assert packed_launch.mm(**{**given, "a": given["a"].view(2, 0, 200)}).shape == (2, 0, 40)
+    empty = {"a": torch.zeros(3, 0, dtype=torch.bfloat16), "b": given["b"][:, :0], "b_scales": given["b_scales"][:, :0]}
+    assert torch.equal(packed_launch.mm(**{**given, **empty, "k": 0}), given["bias"].expand(3, 40))
+
+
+# --- measured cuts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, on a machine whose name is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "_place", lambda index: "here")
+    tune._stored.cache_clear()
+    yield tmp_path / "fp4compile"
+    tune._stored.cache_clear()
+
+
+def _keep(folder: Path, row: Any) -> Cut | None:
+    folder.mkdir(exist_ok=True)
+    (folder / "packed_mm.json").write_text(json.dumps({"here": {"hif4 6144x4096 up to 16": row}}))
+    tune._stored.cache_clear()
+    return tune.stored(0, "hif4", 12, 6144, 4096)
+
+
+def test_a_stored_cut_is_found(folder: Path) -> None:
+    assert tune.stored(0, "hif4", 12, 6144, 4096) is None
+    _, cut = CUTS[16][-1]
+    assert _keep(folder, asdict(cut)) == cut
+    assert tune.stored(0, "hif4", 17, 6144, 4096) is None
+    assert tune.stored(0, "mxfp4", 12, 6144, 4096) is None
+
+
+def test_what_is_no_cut_of_the_table_is_not_taken(folder: Path) -> None:
+    assert _keep(folder, asdict(replace(CUTS[16][0][1], stages=99))) is None
+    assert _keep(folder, {"kernel": "few_tokens"}) is None
+    assert _keep(folder, 7) is None
+    (folder / "packed_mm.json").write_text("{")
+    tune._stored.cache_clear()
+    assert tune.stored(0, "hif4", 12, 6144, 4096) is None
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+class TestOnGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("format", NAMES)
+    @pytest.mark.parametrize("cut", SMALL)
+    def test_every_kind_of_cut(self, cut: Cut, format: str) -> None:
+        for given in calls(format):
+            assert_rounded_once(multiplied(moved(given), cut, plain=False, dtype=torch.bfloat16), given)
+
+    @pytest.mark.parametrize("format", NAMES)
+    @pytest.mark.parametrize("most", CUTS)
+    def test_every_cut_of_the_table(self, most: int, format: str) -> None:
+        given = call(format, most, 528, 4096)
+        for _, cut in packed_launch.cuts(most, format):
+            assert_rounded_once(multiplied(moved(given), cut, plain=False, dtype=torch.bfloat16), given)
+
+    @pytest.mark.parametrize("format", NAMES)
+    def test_the_op_at_any_number_of_tokens(self, format: str) -> None:
+        import fp4compile  # noqa: F401 - installs the kernels
+
+        for m in (0, 1, 2, 17, 65, 300, 600):
+            given = call(format, m, 72, 264, biased=m % 2 == 0, scaled=m > 16)
+            on_gpu = moved(given)
+            assert KERNEL.supports(on_gpu) == Yes()
+            assert_rounded_once(KERNEL.run(**on_gpu), given)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_other_dtypes(self, dtype: torch.dtype) -> None:
+        given = {**call("hif4", 5, 72, 264), "a": randn(5, 264).to(dtype)}
+        assert_rounded_once(KERNEL.run(**moved(given)), given)
+
+    def test_three_dimensions_and_strides(self) -> None:
+        given = call("hif4", 6, 72, 264, biased=True)
+        on_gpu = moved(given)
+        expected = KERNEL.run(**on_gpu)
+        assert_rounded_once(expected, given)
+        batched = KERNEL.run(**{**on_gpu, "a": on_gpu["a"].view(2, 3, 264)})
+        assert torch.equal(batched.view(6, 72), expected)
+        for strided in (on_gpu["a"].t().contiguous().t(), torch.cat([on_gpu["a"]] * 2, dim=1)[:, :264]):
+            assert torch.equal(KERNEL.run(**{**on_gpu, "a": strided}), expected)
+
+    @pytest.mark.parametrize("format", NAMES)
+    @pytest.mark.parametrize("most", CUTS)
+    def test_every_code_under_every_scale_is_exact(self, most: int, format: str) -> None:
+        """One-hot tokens read the weight: all codes, all scales that are finite, and rows with one that is not."""
+        fmt, (n, k) = FORMATS[format], (512, 256)
+        generator = torch.Generator().manual_seed(3)
+        codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+        if format == "hif4":
+            scales = torch.randint(-(2**31), 2**31 - 1, (n, k // 64), generator=generator).to(torch.int32)
+            scales[:, 0] = torch.arange(n) % 255 | (scales[:, 0] & ~0xFF)
+            scales = torch.where(scales & 0xFF == 0xFF, scales - 1, scales)
+        else:
+            scales = (torch.arange(n * k // fmt.block) % 256).to(torch.uint8).view(n, -1)
+            finite = (scales & 0x7F != 0x7F) if format == "nvfp4" else scales < 253
+            scales = torch.where(finite, scales, 3)
+        scales[17, 1] = NAN[format]
+        weight = OPS["dequantize"].reference(codes, scales, None, format, -1, k, False, torch.float32)
+        tokens = torch.eye(k, dtype=torch.bfloat16)
+        for start in range(0, k, most):
+            given = {**call(format, 1, n, k), "a": tokens[start : start + most], "b": codes, "b_scales": scales}
+            for _, cut in packed_launch.cuts(most, format):
+                got = multiplied(moved(given), cut, plain=False, dtype=torch.float32).cpu()
+                assert got[:, 17].isnan().all()
+                got[:, 17] = weight.T[start : start + most, 17] = 0
+                assert torch.equal(got, weight.T[start : start + most])
+
+    @pytest.mark.parametrize("m", [1, 16, 64, 200])
+    def test_captured_calls_repeat_and_share_nothing(self, m: int) -> None:
+        on_gpu = moved(call("hif4", m, 160, 8192))
+        expected = KERNEL.run(**on_gpu)
+        torch.cuda.synchronize()
+        graphs, results = [], []
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results.append([KERNEL.run(**on_gpu) for _ in range(3)])
+            graphs.append(graph)
+        for _ in range(5):
+            for graph in graphs:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for each in results for y in each)
+
+    def test_a_tuned_cut_is_used(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        tune._stored.cache_clear()
+        chosen = tune.tune("hif4", 512, 1024, tokens=(1,))
+        assert tune.stored(0, "hif4", 1, 512, 1024) == chosen[1]
+        planned = packed_launch._chosen(1, 512, 1024, "hif4", False, 0)
+        assert planned is not None
+        assert planned.cut == chosen[1]
+        given = call("hif4", 1, 512, 1024)
+        assert_rounded_once(KERNEL.run(**moved(given)), given)
+        tune._stored.cache_clear()
+        packed_launch.forget()

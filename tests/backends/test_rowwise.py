@@ -1,0 +1,339 @@
+"""E2M1 operands as FP8 in rows: what the oracle promises, and the Triton kernels against it.
+
+Without a GPU the interpreter runs some of the ops' samples and every kind of kernel is compiled for sm_90.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4compile import rowwise as oracle
+from fp4compile.backend import Yes
+from fp4compile.backends import triton as table
+from fp4compile.backends.inductor import BACKEND
+from fp4compile.backends.triton import rowwise
+from fp4compile.dynamo import fp4compile_backend, last_report
+from fp4compile.formats import FORMATS
+from fp4compile.ops import OPS
+from tests.backends.test_triton_kernels import (
+    ROOT,
+    arguments,
+    assert_same,
+    compiled,
+    meta,
+    moved,
+    needs_gpu,
+    needs_triton,
+)
+from tests.helpers import randn
+
+OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
+KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == rowwise.__name__}
+PARTS = ("", "_scale", "_exponents", "_flags")
+SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
+ops = torch.ops.fp4compile
+
+
+def quantized(x: Tensor, axis: int = 1, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values: tuple[Tensor, Tensor, Tensor, Tensor] = ops.quantize_rowwise(x, "mxfp4", axis, **options)
+    return values
+
+
+def operands(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Arguments of `mm_rowwise`."""
+    sides = (("a", a), ("b", b))
+    return {f"{side}{part}": t for side, tensors in sides for part, t in zip(PARTS, tensors, strict=True)}
+
+
+def staircase() -> Tensor:
+    """[16, 1280]: block exponents from 19 below to 21 above those of the four blocks that a sample sees."""
+    steps = torch.exp2(torch.arange(40.0) - 19)
+    steps[[i // 32 for i in oracle.sampled(1280, 1)]] = 1.0
+    return randn(16, 1280).sign() * steps.repeat_interleave(32)
+
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{}, {"scale_rule": "rceil", "hadamard": 32}, {"rounding": "stochastic", "seed": SEED}]
+)
+def test_rows_hold_what_fake_quantisation_gives(axis: int, options: dict[str, Any]) -> None:
+    x = randn(150, 70) * randn(150, 1, seed=1).mul(9).exp2()
+    values, scale, exponents, _ = quantized(x, axis, **options)
+    expected = ops.fake_quantize(x, "mxfp4", axis, **options).movedim(axis, -1)
+    decoded = oracle.dequantize(values, scale, exponents)
+    assert torch.equal(decoded[:, : expected.shape[1]], expected)
+    assert not decoded[:, expected.shape[1] :].any()
+
+
+def test_where_no_flag_stands_the_scale_is_all_that_is_needed() -> None:
+    x = randn(40, 512)  # of which the sample sees nothing of the first two blocks
+    x[17, 32:64] *= 2.0**9
+    x[35, :32] *= 2.0**-14
+    values, scale, exponents, flags = quantized(x)
+    assert flags.tolist() == [0, 1, 1]
+    plain = values.float() * scale[:, None]
+    expected = oracle.dequantize(values, scale, exponents)
+    assert torch.equal(plain[:16], expected[:16])
+    for row, block in ((17, slice(32, 64)), (35, slice(0, 32))):
+        assert not torch.equal(plain[row], expected[row])
+        # What lies outside is stored as it is on the grid of the element.
+        assert set(values[row, block].float().abs().tolist()) <= set(FORMATS["mxfp4"].element.magnitudes)
+
+
+def test_fifteen_binades_are_exact() -> None:
+    x = staircase()
+    values, scale, exponents, flags = quantized(x)
+    assert flags.all()
+    assert (scale == 2.0 ** (-2 - oracle.HEADROOM)).all()  # E2M1 has two binades above one
+    plain = (values.float() * scale[:, None]).unflatten(1, (40, 32))
+    exact = (plain == x.unflatten(1, (40, 32))).all(2)
+    shift = exponents.t().int() - 127 - (-2 - oracle.HEADROOM)
+    assert torch.equal(exact, (shift >= -oracle.BELOW) & (shift <= oracle.ABOVE))
+    assert (shift[exact].min(), shift[exact].max()) == (-oracle.BELOW, oracle.ABOVE)
+
+
+def test_zeros_are_in_nobodys_way() -> None:
+    x = torch.zeros(256, 64)
+    x[3] = randn(64)
+    values, scale, _, flags = quantized(x)
+    assert not flags.any()
+    assert not values[4:].float().any()
+    assert (scale[:128] == scale[3]).all()  # a sample of zeros takes that of its group
+    assert (scale[128:] == scale[200]).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_spoils_its_row_of_the_product(bad: float) -> None:
+    a, b = randn(32, 64), randn(48, 64, seed=1)
+    a[5, 40] = bad
+    out = ops.mm_rowwise(*quantized(a), *quantized(b), torch.float32)
+    assert out[5].isnan().all()
+    rest = torch.arange(32) != 5
+    expected = ops.fake_quantize(a, "mxfp4", 1)[rest] @ ops.fake_quantize(b, "mxfp4", 1).T
+    torch.testing.assert_close(out[rest], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "axis"), [(1, 0), (1, 1), (17, 1), (100, 0), (128, 1), (4096, 1), (14336, 0)])
+def test_samples_lie_within_the_axis(size: int, axis: int) -> None:
+    at = oracle.sampled(size, axis)
+    assert at
+    assert all(0 <= i < size for i in at)
+    assert len(at) <= oracle.SAMPLES
+    if size >= 4096:
+        assert len(set(at)) == oracle.SAMPLES
+
+
+def test_formats_that_fp8_does_not_hold() -> None:
+    held = [name for name in ("hif4", "mxfp4", "nvfp4") if oracle.refusal(FORMATS[name]) is None]
+    assert held == ["mxfp4"]
+
+
+# --- what the kernels support ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine had a GPU, and tensors were on it."""
+    monkeypatch.setattr(table, "available", lambda capability: Yes())
+    monkeypatch.setattr(table, "_on_one_gpu", lambda arguments: None)
+
+
+def test_sizes_that_the_gemm_takes() -> None:
+    given = {**operands(quantized(randn(5, 64)), quantized(randn(32, 64))), "dtype": torch.bfloat16, "bias": None}
+    assert rowwise.sizes(given) is None
+    narrow = {**given, **operands(quantized(randn(5, 64)), quantized(randn(30, 64)))}
+    empty = {**given, **operands(quantized(randn(0, 64)), quantized(randn(32, 64)))}
+    for declined, why in (
+        ({**given, "dtype": torch.float32}, "write bf16"),
+        ({**given, "bias": randn(32)}, "bias is torch.float32"),
+        (narrow, "multiple of 16"),
+        (empty, "empty"),
+    ):
+        reason = rowwise.sizes(declined)
+        assert reason is not None
+        assert why in reason
+
+
+@pytest.mark.parametrize("format", ["hif4", "nvfp4"])
+def test_other_formats_are_declined(format: str) -> None:
+    reason = rowwise.refusal(format)
+    assert reason is not None
+    assert "E2M1" in reason
+
+
+def test_the_report_counts_the_exact_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "COUNTS", {})
+    assert BACKEND.runtime_notes() == []
+    devices = (torch.device("cpu"), torch.device("meta"))
+    monkeypatch.setattr(rowwise, "COUNTS", {device: torch.tensor([1, 40]) for device in devices})
+    assert BACKEND.runtime_notes() == ["exact path taken by 2 of 80 row-wise scaled FP8 GEMMs"]
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+class TestOnGpu:
+    pytestmark = needs_gpu
+
+    # In parts, so that several processes can share the compiling.
+    @pytest.mark.parametrize("part", range(6))
+    @pytest.mark.parametrize("op", OPERATORS)
+    def test_every_sample_has_the_oracles_bits(self, op: str, part: int) -> None:
+        for sample in islice(OPS[op].samples(), part, None, 6):
+            given = arguments(op, sample)
+            on_gpu = moved(given, "cuda")
+            assert KERNELS[op].supports(on_gpu) == Yes()
+            assert_same(KERNELS[op].run(**on_gpu), OPS[op].reference(**given))
+
+    def test_every_gemm_agrees_to_the_rounding_of_bf16(self) -> None:
+        for sample in OPS["mm_rowwise"].samples():
+            given = arguments("mm_rowwise", {**sample, "dtype": torch.bfloat16})
+            if given["bias"] is not None:
+                given["bias"] = given["bias"].bfloat16()
+            on_gpu = moved(given, "cuda")
+            assert KERNELS["mm_rowwise"].supports(on_gpu) == Yes()
+            got, expected = KERNELS["mm_rowwise"].run(**on_gpu).cpu(), OPS["mm_rowwise"].reference(**given)
+            assert torch.equal(got.isnan(), expected.isnan())
+            torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("positive", [False, True])
+    def test_long_sums_are_fp32_sums(self, positive: bool) -> None:
+        a, b = (randn(*shape, seed=seed).cuda().bfloat16() for seed, shape in enumerate(((256, 14336), (512, 14336))))
+        if positive:  # accumulators of fewer bits lose 12% of such a sum
+            a, b = a.abs(), b.abs()
+        got = ops.mm_rowwise(*quantized(a), *quantized(b), torch.bfloat16).double()
+        expected = ops.fake_quantize(a, "mxfp4", 1).double() @ ops.fake_quantize(b, "mxfp4", 1).double().T
+        assert (got - expected).norm() < 2.5e-3 * expected.norm()
+
+    def test_flagged_rows_take_the_exact_path_and_are_counted(self) -> None:
+        a, b = randn(300, 4096).cuda().bfloat16(), randn(192, 4096, seed=1).cuda().bfloat16()
+        a[5, 70:80] *= 2.0**12
+        b[190, 600:640] *= 2.0**12
+        before = rowwise.COUNTS[a.device].tolist() if a.device in rowwise.COUNTS else [0, 0]
+        left, right = quantized(a), quantized(b)
+        assert left[3].any() and right[3].any()
+        got = KERNELS["mm_rowwise"].run(**operands(left, right), dtype=torch.bfloat16, bias=None).double()
+        expected = ops.fake_quantize(a, "mxfp4", 1).double() @ ops.fake_quantize(b, "mxfp4", 1).double().T
+        for part in (got - expected)[5], (got - expected)[:, 190]:
+            assert part.norm() < 2.5e-3 * expected.norm(dim=1).max()
+        assert ((got - expected).norm(dim=1) < 2.5e-3 * expected.norm(dim=1)).all()
+        assert rowwise.COUNTS[a.device].tolist() == [before[0] + 1, before[1] + 1]
+
+    def test_a_training_step_runs_on_the_kernels(self) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False), torch.nn.Linear(512, 128)).cuda().bfloat16()
+        x = randn(64, 256).cuda().bfloat16().requires_grad_()
+        found = []
+        for backend in ("reference", "inductor"):
+            model.zero_grad()
+            options = {"recipe": "mxfp4-plain", "backend": backend}
+            y = torch.compile(model, backend=fp4compile_backend, options=options)(x)
+            y.backward(torch.ones_like(y))
+            found.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            torch._dynamo.reset()
+        report = last_report()
+        assert report is not None
+        assert all(site.kernel.endswith("cublas/mm_rowwise") for site in report.sites)
+        assert any("exact path taken by" in note for note in report.notes)
+        for got, expected in zip(found[1], found[0], strict=True):
+            assert (got.double() - expected.double()).norm() < 1e-2 * expected.double().norm()
+
+
+# --- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def _finite(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without NaN and Inf, which the interpreter's conversion to FP8 does not know, and in fp32, as it cuts bf16."""
+    return {k: v.float().nan_to_num() if isinstance(v, Tensor) and k == "x" else v for k, v in given.items()}
+
+
+def interpret(every: int) -> None:
+    """Every n-th sample of the quantisations, and a GEMM with flags of each kind."""
+    for number, op in enumerate(OPERATORS):
+        for sample in islice(OPS[op].samples(), number, None, every):
+            given = arguments(op, _finite(sample))
+            assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
+    given = arguments(OPERATORS[0], {"x": staircase(), "format": "mxfp4", "axis": 1})
+    assert_same(KERNELS[OPERATORS[0]].run(**given), OPS[OPERATORS[0]].reference(**given))
+    interpret_exact()
+
+
+def interpret_exact() -> None:
+    """Rows and columns of flagged groups are computed from exponents; all others keep what was there."""
+    a, b = randn(70, 96), randn(80, 96, seed=1)
+    a[20, 32:64] *= 2.0**12
+    b[66, :32] *= 2.0**-20
+    for left in (a, randn(70, 96)):
+        for right in (b, randn(80, 96, seed=1)):
+            for bias in (None, randn(80, seed=2)):
+                given = operands(quantized(left), quantized(right))
+                expected = OPS["mm_rowwise"].reference(**given, dtype=torch.float32, bias=bias)
+                out = torch.full_like(expected, 99.0)
+                rowwise.compute_again(out, given, bias)
+                rows, columns = (given[f"{s}_flags"].bool().repeat_interleave(oracle.FLAGGED) for s in "ab")
+                again = rows[:70, None] | columns[None, :80]
+                torch.testing.assert_close(out, torch.where(again, expected, 99.0), rtol=1e-5, atol=1e-3)
+    assert rowwise.COUNTS[out.device].tolist() == [6, 8]
+
+
+def _interpret_apart(every: int) -> None:
+    # Triton decides when it is imported whether it compiles or interprets.
+    code = f"from tests.backends.test_rowwise import interpret; interpret({every})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_triton
+def test_the_interpreter_has_the_oracles_bits() -> None:
+    _interpret_apart(17)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_interpreter_has_the_oracles_bits_on_every_sample() -> None:
+    _interpret_apart(1)
+
+
+AXES: dict[str, tuple[int, ...]] = {"columns": (0,), "rows": (1,), "both": (0, 1)}
+HOW = {
+    "nearest": rowwise.Axis("nearest", None, 0, 0),
+    "transformed, stochastic": rowwise.Axis("stochastic", "rceil", 3, 32),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+@pytest.mark.parametrize("shape", [(256, 512), (70, 33)])
+def test_quantisation_compiles_for_sm_90_without_approximations(
+    shape: tuple[int, int], axes: tuple[int, ...], how: rowwise.Axis
+) -> None:
+    x, seed = meta(*shape), meta(dtype=torch.int64) if how.rounding == "stochastic" else None
+    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False)
+    window, quantize = rowwise.arguments_of(planned, x, seed, None)[0]
+    for each, given in ((planned.window, window), (planned.quantize, quantize)):
+        ptx = compiled(each, given)
+        for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
+            assert inexact not in ptx
+
+
+@needs_triton
+def test_the_exact_gemm_compiles_for_sm_90() -> None:
+    given: dict[str, Any] = {"bias_ptr": None, "out_ptr": meta(256, 512), "counts_ptr": meta(2, dtype=torch.int64)}
+    for side, rows in (("a", 256), ("b", 512)):
+        results = OPS["quantize_rowwise"].fake(meta(rows, 128), "mxfp4", 1)
+        given |= {f"{side}{part}_ptr": tensor for part, tensor in zip(PARTS, results, strict=True)}
+    assert "mma" in compiled(rowwise.plan_exact(256, 512, 4, 32), given)
