@@ -315,8 +315,14 @@ def _quantize_rowwise(
     stream: int = 0,
     hadamard: int = 0,
     sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
 ) -> tuple[Tensor, ...]:
     fmt, axis = FORMATS[format], _axis(axis, x.dim())
+    x = produce(x, (p1, p2, p3, p4), producer)
     t = _transform(x, axis, hadamard, sign_seed)
     return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream)
 
@@ -344,7 +350,13 @@ def _quantize_rowwise_both(
     hadamard: Sequence[int],
     seed: Tensor | None = None,
     sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
 ) -> tuple[Tensor, ...]:
+    x = produce(x, (p1, p2, p3, p4), producer)
     rows = zip(rounding, scale_rule, stream, hadamard, strict=True)
     made = (
         _quantize_rowwise(x, format, axis, mode, rule, seed, number, size, sign_seed)
@@ -360,8 +372,8 @@ def _quantize_rowwise_both_fake(
     scale_rule: Sequence[str],
     stream: Sequence[int],
     hadamard: Sequence[int],
-    seed: Tensor | None = None,
-    sign_seed: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     made = (_quantize_rowwise_fake(x, format, axis, hadamard=size) for axis, size in enumerate(hadamard))
     return tuple(tensor for four in made for tensor in four)
@@ -574,6 +586,8 @@ def _quantize_rowwise_samples() -> Iterator[Mapping[str, Any]]:
                 yield {**base, "scale_rule": "truncation-free", "hadamard": 32, "sign_seed": _SEED}
                 yield {**base, **stochastic, "scale_rule": "truncation-free"}
                 yield {**base, **stochastic, "hadamard": 16}
+        for given in _produced_inputs():
+            yield from ({**given, "format": name, "axis": axis} for axis in (0, 1))
 
 
 def _quantize_rowwise_both_samples() -> Iterator[Mapping[str, Any]]:
@@ -583,6 +597,8 @@ def _quantize_rowwise_both_samples() -> Iterator[Mapping[str, Any]]:
             yield {**base, "rounding": ["nearest", "nearest"], "hadamard": [0, 0]}
             yield {**base, "rounding": ["stochastic", "nearest"], "hadamard": [32, 0]}
             yield {**base, "rounding": ["stochastic", "stochastic"], "hadamard": [16, 64]}
+        for given in _produced_inputs():
+            yield {**base, **given, "rounding": ["nearest", "stochastic"], "hadamard": [32, 0]}
 
 
 def _mm_rowwise_samples() -> Iterator[Mapping[str, Any]]:
@@ -674,7 +690,8 @@ _ROWS = (
     Op(
         "quantize_rowwise",
         "(Tensor x, str format, int axis, str rounding='nearest', str? scale_rule=None, Tensor? seed=None, "
-        "int stream=0, int hadamard=0, Tensor? sign_seed=None) -> (Tensor, Tensor, Tensor, Tensor)",
+        "int stream=0, int hadamard=0, Tensor? sign_seed=None, "
+        f"{_PRODUCER_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
         _quantize_rowwise,
         _quantize_rowwise_fake,
         _quantize_rowwise_samples,
@@ -683,7 +700,8 @@ _ROWS = (
         # Along axis 0 and along axis 1, in this order; options are given per axis.
         "quantize_rowwise_both",
         "(Tensor x, str format, str[] rounding, str[] scale_rule, int[] stream, int[] hadamard, Tensor? seed=None, "
-        "Tensor? sign_seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _quantize_rowwise_both,
         _quantize_rowwise_both_fake,
         _quantize_rowwise_both_samples,

@@ -166,9 +166,10 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
     before = consumer.args, dict(consumer.kwargs)
     try:
         with graph.inserting_before(consumer):
-            consumer.update_arg(0, _as_matrix(graph, first, x))
+            matrix = _as_matrix(graph, first, x)
     except _Refused:
         return False
+    consumer.update_arg(0, matrix)
     for i, operand in enumerate(others, 1):
         consumer.update_kwarg(f"p{i}", operand)
     consumer.update_kwarg("producer", str(producer))
@@ -176,6 +177,8 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
         refresh(consumer)
         return True
     consumer.args, consumer.kwargs = before
+    if matrix is not first:
+        graph.erase_node(matrix)
     return False
 
 

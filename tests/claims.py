@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from fp4compile.backend import Answer, Kernel, No, Yes, register_backend
+from fp4compile.backend import _REGISTERED, Answer, Backend, Kernel, No, Yes, register_backend
 from fp4compile.backends.reference import ReferenceBackend
 from fp4compile.ops import OPS
 
@@ -24,13 +25,18 @@ def packed(arguments: Mapping[str, Any]) -> Answer:
 class Claims(ReferenceBackend):
     """The reference backend under another name, with a table of kernels."""
 
-    def __init__(self, claims: Mapping[str, Claim]) -> None:
+    def __init__(self, **claims: Claim) -> None:
         self.name = f"claims-{'-'.join(claims)}"
         self.kernels = tuple(
             Kernel(f"claimed/{op}", op, "cpu", OPS[op].reference, claim, packed=True) for op, claim in claims.items()
         )
 
 
-def claiming(**claims: Claim) -> str:
-    """The name of a backend, registered here, that claims the given ops."""
-    return register_backend(Claims(claims)).name
+@contextmanager
+def registered(backend: Backend) -> Iterator[str]:
+    """The name of a backend that is known while this lasts."""
+    register_backend(backend)
+    try:
+        yield backend.name
+    finally:
+        del _REGISTERED[backend.name]

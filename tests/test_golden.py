@@ -18,10 +18,11 @@ import torch
 from torch.fx import Graph
 
 import fp4compile
+from fp4compile.backend import get_backend
 from fp4compile.graph import Site, text
 from fp4compile.passes import PIPELINE
 from fp4compile.pipeline import Context, Pass, Pipeline
-from tests.claims import claiming
+from tests.claims import Claims, registered
 from tests.helpers import NAMES, export
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,10 +76,11 @@ def _texts(name: str) -> dict[str, str]:
         observe(None, captured.module.graph, captured.context)
         Pipeline(PIPELINE).select(wanted).run(captured.module, captured.context, observe)
     else:
-        backend = claiming(**example.CLAIMS) if hasattr(example, "CLAIMS") else "reference"
-        fp4compile.explain(
-            model, inputs, example.RECIPE, train=example.TRAIN, backend=backend, passes=wanted, observe=observe
-        )
+        claims = getattr(example, "CLAIMS", None)
+        with registered(Claims(**claims) if claims else get_backend("reference")) as backend:
+            fp4compile.explain(
+                model, inputs, example.RECIPE, train=example.TRAIN, backend=backend, passes=wanted, observe=observe
+            )
     return found
 
 

@@ -181,7 +181,7 @@ def _rows_along_both(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-_ROWS = (_on_one_gpu, checks.input, _matrix, _rows_known, checks.scalars)
+_ROWS = (_on_one_gpu, checks.input, _matrix, _rows_known, checks.scalars, _producer)
 
 KERNELS += tuple(
     Kernel(name, op, "cuda", run, _supports(*required, capability=rowwise.LEAST_CAPABILITY))

@@ -338,7 +338,7 @@ def _producing(shape: Sequence[int], producer: str) -> dict[str, Any]:
     return {"PRODUCE": produce.function(producer), "WIDTH": shape[-1] if producer else 0}
 
 
-def _contiguously(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+def contiguously(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The operands of a producer beside x, None for those that it lacks."""
     given = {name: operands.get(name) for name in _POINTERS}
     return {name: None if x is None else _contiguous(x) for name, x in given.items()}
@@ -378,7 +378,7 @@ def plan_fake_quantize(
     dtype = parse(producer).dtype if producer else x.dtype
     launch = _quantizing("fake_quantize", x.shape, dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
     y = x.new_empty(_transformed(x.shape, axis, hadamard), dtype=dtype)
-    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **_contiguously(operands), "y_ptr": y}, y
+    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **contiguously(operands), "y_ptr": y}, y
 
 
 def plan_quantize(
@@ -484,7 +484,7 @@ def plan_tensor_scale(
     """The two launches of the op `tensor_scale` on a contiguous x with their arguments, and its result."""
     amax, last = _scaling(x.shape, format, axis % x.dim(), hadamard, producer)
     y, partial = x.new_empty((), dtype=torch.float32), x.new_empty((amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **_contiguously(operands)}
+    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **contiguously(operands)}
     return [(amax, given), (last, {"partial_ptr": partial, "y_ptr": y})], y
 
 
@@ -558,7 +558,7 @@ def plan_fake_quantize_both(
         "ts_0_ptr": tensor_scale_0,
         "ts_1_ptr": tensor_scale_1,
         "sign_seed_ptr": sign_seed,
-        **_contiguously(operands),
+        **contiguously(operands),
     }
     return launch, given, results
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from fp4compile import rowwise
-from fp4compile.backends.triton.launch import Launch, _power_of_two, _rounding, _signed, _transform, run
+from fp4compile.backends.triton import produce
+from fp4compile.backends.triton.launch import Launch, _power_of_two, _rounding, _signed, _transform, contiguously, run
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
+from fp4compile.producer import parse
 from fp4compile.rowwise import FLAGGED, GROUP, RUNS
 
 
@@ -110,11 +112,17 @@ def _signs(size: int) -> int:
 
 @lru_cache(maxsize=4096)
 def plan(
-    shape: torch.Size, dtype: torch.dtype, format: str, wanted: tuple[tuple[int, Axis], ...], signs_drawn: bool
+    shape: torch.Size,
+    dtype: torch.dtype,
+    format: str,
+    wanted: tuple[tuple[int, Axis], ...],
+    signs_drawn: bool,
+    producer: str = "",
 ) -> Plan:
     """Plan the quantisation of a contiguous x [rows, columns] along the wanted axes.
 
     Args:
+        dtype: what the decoded values must fit.
         signs_drawn: whether a seed chooses the signs of the transform; else the kernel is compiled with them.
     """
     fmt = FORMATS[format]
@@ -126,7 +134,8 @@ def plan(
     warps, extent = tile.warps * math.prod(edges) // (tile.rows * tile.columns), list(shape)
     shapes: dict[int, tuple[int, int, int]] = {}
     arguments: dict[str, Any] = {"rows": shape[0], "columns": shape[1], "sign_stream": SIGN_STREAM}
-    constants: dict[str, Any] = {"BLOCK": fmt.block, "EMAX": emax, "TILE0": edges[0], "TILE1": edges[1]}
+    made = {"PRODUCE": produce.function(producer)}
+    constants: dict[str, Any] = {"BLOCK": fmt.block, "EMAX": emax, "TILE0": edges[0], "TILE1": edges[1], **made}
     for axis, options in wanted:
         lanes, size = shape[1 - axis], shape[axis]
         padded = _ceil(size, options.hadamard) * options.hadamard if options.hadamard else size
@@ -157,7 +166,7 @@ def plan(
     }
     groups = [_ceil(shape[1 - axis], GROUP) if axis in shapes else 0 for axis in (0, 1)]
     looking = {"rows": shape[0], "columns": shape[1], "groups0": groups[0]}
-    sampling = {"EMAX": emax, "RUN0": RUNS[0], "RUN1": RUNS[1]}
+    sampling = {"EMAX": emax, "RUN0": RUNS[0], "RUN1": RUNS[1], **made}
     return Plan(
         Launch("window", sum(groups), looking, sampling, 4, _MODULE),
         Launch("quantize", down * across, arguments, constants, warps, _MODULE),
@@ -166,7 +175,7 @@ def plan(
 
 
 _RESULTS = ("values", "scale", "exponents", "flags")
-_WINDOW = ("x_ptr", "scale0_ptr", "flags0_ptr", "scale1_ptr", "flags1_ptr")
+_WINDOW = ("scale0_ptr", "flags0_ptr", "scale1_ptr", "flags1_ptr")
 
 
 def _results(x: Tensor, rows: int, length: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,25 +188,33 @@ def _results(x: Tensor, rows: int, length: int, blocks: int) -> tuple[Tensor, Te
 
 
 def arguments_of(
-    planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None
+    planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None, **operands: Tensor | None
 ) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[Tensor, ...]]:
     """The tensors of the two launches on a contiguous x, and the op's results."""
     results = {axis: _results(x, *sizes) for axis, sizes in planned.shapes.items()}
-    given: dict[str, Any] = {"x_ptr": x}
+    source: dict[str, Any] = {"x_ptr": x, **contiguously(operands)}
+    given = dict(source)
     for axis in (0, 1):
         tensors = results.get(axis, (None,) * len(_RESULTS))
         given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
-    window = {name: given[name] for name in _WINDOW}
+    window = source | {name: given[name] for name in _WINDOW}
     flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
     return (window, {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}), flat
 
 
 def _quantize(
-    x: Tensor, format: str, wanted: tuple[tuple[int, Axis], ...], seed: Tensor | None, sign_seed: Tensor | None
+    x: Tensor,
+    format: str,
+    wanted: tuple[tuple[int, Axis], ...],
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+    producer: str,
+    **operands: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x = x.detach().contiguous()
-    planned = plan(x.shape, x.dtype, format, wanted, sign_seed is not None)
-    (window, quantize), results = arguments_of(planned, x, seed, sign_seed)
+    dtype = parse(producer).dtype if producer else x.dtype
+    planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer)
+    (window, quantize), results = arguments_of(planned, x, seed, sign_seed, **operands)
     run(planned.window, window, x.device)
     run(planned.quantize, quantize, x.device)
     return results
@@ -213,9 +230,11 @@ def quantize_rowwise(
     stream: int,
     hadamard: int,
     sign_seed: Tensor | None,
+    **produced: Any,
 ) -> tuple[Tensor, ...]:
     """The op `quantize_rowwise`."""
-    return _quantize(x, format, ((axis % 2, Axis(rounding, scale_rule, stream, hadamard)),), seed, sign_seed)
+    wanted = ((axis % 2, Axis(rounding, scale_rule, stream, hadamard)),)
+    return _quantize(x, format, wanted, seed, sign_seed, **produced)
 
 
 def quantize_rowwise_both(
@@ -227,11 +246,12 @@ def quantize_rowwise_both(
     hadamard: Sequence[int],
     seed: Tensor | None,
     sign_seed: Tensor | None,
+    **produced: Any,
 ) -> tuple[Tensor, ...]:
     """The op `quantize_rowwise_both`."""
     options = zip(rounding, scale_rule, stream, hadamard, strict=True)
     wanted = tuple((axis, Axis(*each)) for axis, each in enumerate(options))
-    return _quantize(x, format, wanted, seed, sign_seed)
+    return _quantize(x, format, wanted, seed, sign_seed, **produced)
 
 
 # --- the GEMM --------------------------------------------------------------------------------------------------------

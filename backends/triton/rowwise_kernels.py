@@ -24,6 +24,17 @@ _GROUP, _FLAGGED, _SAMPLES = tl.constexpr(GROUP), tl.constexpr(FLAGGED), tl.cons
 _MAGIC = tl.constexpr(6291456.0)
 
 
+@triton.jit
+def _read(x_ptr, p1, p2, p3, p4, index, row, column, rows, columns, EVEN: tl.constexpr, PRODUCE: tl.constexpr):
+    """Elements of x [rows, columns], or of what PRODUCE makes of it and the operands, in fp32; zeros past the edges."""
+    if PRODUCE is None:
+        x = tl.load(x_ptr + index) if EVEN else tl.load(x_ptr + index, (row < rows) & (column < columns), 0.0)
+        return x.to(tl.float32)
+    else:
+        x = PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
+        return x if EVEN else tl.where((row < rows) & (column < columns), x, 0.0)
+
+
 # --- where windows lie -----------------------------------------------------------------------------------------------
 
 
@@ -55,6 +66,10 @@ def _place_window(x, scale_ptr, flags_ptr, lane, lanes, EMAX: tl.constexpr, AXIS
 @triton.jit
 def window(
     x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
     scale0_ptr,
     flags0_ptr,
     scale1_ptr,
@@ -65,6 +80,7 @@ def window(
     EMAX: tl.constexpr,
     RUN0: tl.constexpr,
     RUN1: tl.constexpr,
+    PRODUCE: tl.constexpr,
 ):
     """Programs [0, groups0) take groups of columns of x [rows, columns], the others groups of its rows."""
     pid = tl.program_id(0)
@@ -73,13 +89,15 @@ def window(
         if pid < groups0:
             first = pid * _GROUP
             looked, lane = _sampled(rows, RUN0)[:, None], first + tl.arange(0, _GROUP)[None, :]
-            x = tl.load(x_ptr + looked * columns + lane, (looked < rows) & (lane < columns), 0.0)
+            index = looked * columns + lane
+            x = _read(x_ptr, p1, p2, p3, p4, index, looked, lane, rows, columns, False, PRODUCE)
             _place_window(x, scale0_ptr, flags0_ptr, first, columns, EMAX, 0)
     if scale1_ptr is not None:  # noqa: SIM102
         if pid >= groups0:
             start = (pid - groups0) * _GROUP
             row, at = start + tl.arange(0, _GROUP)[:, None], _sampled(columns, RUN1)[None, :]
-            y = tl.load(x_ptr + row.to(tl.int64) * columns + at, (row < rows) & (at < columns), 0.0)
+            index = row.to(tl.int64) * columns + at
+            y = _read(x_ptr, p1, p2, p3, p4, index, row, at, rows, columns, False, PRODUCE)
             _place_window(y, scale1_ptr, flags1_ptr, start, rows, EMAX, 1)
 
 
@@ -223,6 +241,10 @@ def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _quantize_axis(
     x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
     values_ptr,
     scale_ptr,
     exponents_ptr,
@@ -253,15 +275,19 @@ def _quantize_axis(
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
     SIGNS: tl.constexpr,
+    PRODUCE: tl.constexpr,
 ):
     """A tile of L lanes of x in blocks along them, K elements each, of lanes of `size`, `padded` by the transform and
     stored as rows of `length`."""
     NB: tl.constexpr = K // BLOCK
     lane, k = _positions(lane0, k0, L, K, BLOCK, VECTOR, COLUMNS)
     lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
-    pointers = x_ptr + _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
-    x = tl.load(pointers) if EVEN else tl.load(pointers, (lane < lanes) & (k < size), 0.0)
-    x = _to_blocks(x.to(tl.float32), L, NB, BLOCK, COLUMNS)
+    index = _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
+    if COLUMNS:
+        x = _read(x_ptr, p1, p2, p3, p4, index, k, lane, size, lanes, EVEN, PRODUCE)
+    else:
+        x = _read(x_ptr, p1, p2, p3, p4, index, lane, k, lanes, size, EVEN, PRODUCE)
+    x = _to_blocks(x, L, NB, BLOCK, COLUMNS)
     if HADAMARD:
         x = x.reshape([L, K])
         if SIGNS is None:
@@ -310,6 +336,10 @@ def _quantize_axis(
 @triton.jit(do_not_specialize=["stream0", "stream1", "sign_stream", "up_from0", "up_from1", "k_max"])
 def quantize(
     x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
     values0_ptr,
     scale0_ptr,
     exponents0_ptr,
@@ -353,6 +383,7 @@ def quantize(
     LOG21: tl.constexpr,
     FACTOR1: tl.constexpr,
     SIGNS1: tl.constexpr,
+    PRODUCE: tl.constexpr,
 ):
     """x [rows, columns] in blocks along axis 0, along axis 1, or both; results of an axis that is not wanted are None.
 
@@ -364,17 +395,17 @@ def quantize(
     row, column = pid // across * TILE0, pid % across * TILE1
     if values1_ptr is not None:
         _quantize_axis(
-            x_ptr, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
+            x_ptr, p1, p2, p3, p4, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
             row, column, rows, columns, padded1, length1, stream1, sign_stream, up_from1, k_max,
             TILE0, TILE1, VECTOR1, False, EVEN, ALIGNED1, WIDE, BLOCK, EMAX,
-            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1,
+            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1, PRODUCE,
         )  # fmt: skip
     if values0_ptr is not None:
         _quantize_axis(
-            x_ptr, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
+            x_ptr, p1, p2, p3, p4, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
             column, row, columns, rows, padded0, length0, stream0, sign_stream, up_from0, k_max,
             TILE1, TILE0, VECTOR0, True, EVEN, ALIGNED0, WIDE, BLOCK, EMAX,
-            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0,
+            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0, PRODUCE,
         )  # fmt: skip
 
 

@@ -147,16 +147,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks alone: x [B, T, dim] -> [B, T, dim]."""
+    """The blocks alone: x [B, T, dim] and the rotary embedding's cosines and sines -> [B, T, dim]."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)
-        cos, sin = rotation(positions, self.head_dim)
         delta = torch.zeros_like(x)
         for block in self.layers:
             x, delta = block(x, delta, positions, cos, sin)

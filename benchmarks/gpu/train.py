@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fp4compile
-from benchmarks.gpu.llama import Shape, Stack, made
+from benchmarks.gpu.llama import Shape, Stack, made, rotation
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet, middle, path_of, reason, versions, write_csv
 from benchmarks.gpu.timing import host_microseconds, turns
@@ -71,22 +71,23 @@ def kernel_class(name: str) -> str:
     return next(kind for kind, pattern in CLASSES if re.search(pattern, name))
 
 
-def compiled(model: Stack, name: str) -> Callable[[Tensor], Tensor]:
+def compiled(model: Stack, name: str) -> Callable[..., Tensor]:
     """The model under `torch.compile`, in BF16 or by a recipe."""
     # The function behind the name "fp4compile": a bare checkout has no entry point that torch could find it by.
     options: dict[str, Any] = {} if name == BASE else {"backend": fp4compile_backend, "options": {"recipe": name}}
-    made: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=True, dynamic=False, **options)
+    made: Callable[..., Tensor] = torch.compile(model, fullgraph=True, dynamic=False, **options)
     return made
 
 
 def step_of(model: Stack, name: str, x: Tensor, gradient: Tensor) -> Callable[[], None]:
     """A step that leaves new gradients behind and drops the old ones first."""
     forward = compiled(model, name)
+    tables = rotation(torch.arange(x.shape[1], device=x.device), SHAPE.head_dim)  # once, as Llama's own code has it
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         x.grad = None
-        forward(x).backward(gradient)
+        forward(x, *tables).backward(gradient)
 
     return step
 

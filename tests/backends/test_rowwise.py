@@ -256,7 +256,8 @@ class TestOnGpu:
 
 def _finite(given: Mapping[str, Any]) -> dict[str, Any]:
     """Without NaN and Inf, which the interpreter's conversion to FP8 does not know, and in fp32, as it cuts bf16."""
-    return {k: v.float().nan_to_num() if isinstance(v, Tensor) and k == "x" else v for k, v in given.items()}
+    named = ("x", "p1", "p2", "p3", "p4")
+    return {k: v.float().nan_to_num() if isinstance(v, Tensor) and k in named else v for k, v in given.items()}
 
 
 def interpret(every: int) -> None:
@@ -328,6 +329,17 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
         ptx = compiled(each, given)
         for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
             assert inexact not in ptx
+
+
+@needs_triton
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_quantisation_of_a_product_compiles_for_sm_90(axes: tuple[int, ...]) -> None:
+    x, how = meta(70, 96), HOW["nearest"]
+    text = "full full: t0 = exp.float32(a0); t1 = mul.bfloat16(t0, a1)"
+    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False, text)
+    window, quantize = rowwise.arguments_of(planned, x, None, None, p1=meta(70, 96))[0]
+    assert "ex2" in compiled(planned.window, window)
+    assert "ex2" in compiled(planned.quantize, quantize)
 
 
 @needs_triton

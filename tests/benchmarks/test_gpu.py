@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import codec, decode, generate, timing, train
 from benchmarks.gpu import sheet as sheets
-from benchmarks.gpu.llama import Llama, Shape, Stack, made
+from benchmarks.gpu.llama import Llama, Shape, Stack, made, rotation
 from benchmarks.gpu.options import RECIPES, Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet
 from fp4compile.packed import PackedLinear
@@ -274,7 +274,7 @@ def test_a_cache_changes_nothing() -> None:
     stack.layers = model.layers
     tokens = torch.randint(0, TINY.vocabulary, (2, 6))
     with torch.no_grad():
-        x = stack(model.embedding(tokens))
+        x = stack(model.embedding(tokens), *rotation(torch.arange(6), TINY.head_dim))
         plain = model.head(x, torch.zeros_like(x))
         at_once = model(tokens, torch.arange(6), caches := model.caches(2, 9))
         caches = model.caches(2, 9)
@@ -484,7 +484,7 @@ def test_train(clockless: None, options: Options, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(train, "versions", lambda: OF)
     compiled = train.compiled
 
-    def breaks(model: Stack, name: str) -> Callable[[Tensor], Tensor]:
+    def breaks(model: Stack, name: str) -> Callable[..., Tensor]:
         if name == "mxfp4":
             raise RuntimeError("cannot be compiled")
         return compiled(model, name)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp4compile.backend import Answer, No, get_backend
+from fp4compile.backend import Answer, No
 from fp4compile.recipe import Recipe
-from tests.claims import claiming, packed
+from tests.claims import Claims, packed
 from tests.helpers import Captured, capture, randn, trace
 
 ops = torch.ops.fp4compile
-BACKEND = get_backend(claiming(mm=packed))
+BACKEND = Claims(mm=packed)
 
 
 def captured(recipe: str | Recipe, train: bool = True) -> Captured:
@@ -54,7 +54,7 @@ def test_a_declined_gemm_stays() -> None:
 
     found = captured("nvfp4-plain").until("fuse")
     before = found.text
-    found.context.backend = get_backend(claiming(mm=nothing))
+    found.context.backend = Claims(mm=nothing)
     assert found.run("pack") == 0
     found.module.graph.eliminate_dead_code()
     assert found.text == before

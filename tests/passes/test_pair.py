@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp4compile.backend import Answer, No, get_backend
-from tests.claims import claiming, everything
+from fp4compile.backend import Answer, No
+from tests.claims import Claims, everything
 from tests.helpers import Captured, capture, randn, same_bits, trace
 
 ops = torch.ops.fp4compile
-BACKEND = get_backend(claiming(fake_quantize_both=everything))
+BACKEND = Claims(fake_quantize_both=everything)
 
 
 def training(recipe: str) -> Captured:
@@ -66,7 +66,7 @@ def test_what_only_quantisations_read_is_paired_across_the_halves() -> None:
     before = found.execute()
     found.run("pair")
     tags = [node.meta["partitioner_tag"] for node in found.calls("fake_quantize_both")]
-    # h, whose quantised forms are made in the forward; the gradients of both layers. x is an input: it is kept as it is.
+    # h, whose quantised forms are made in the forward; the gradients of both layers. x is an input, and kept as such.
     # (The derivative of sigmoid reads sigmoid itself, not h.)
     assert sorted(tags) == ["is_forward", "must_be_in_backward", "must_be_in_backward"]
     (early,) = (node for node in found.calls("fake_quantize_both") if node.meta["partitioner_tag"] == "is_forward")
@@ -85,7 +85,7 @@ def test_without_a_kernel_nothing_changes() -> None:
         return No("no")
 
     found = training("nvfp4").until("fuse")
-    found.context.backend = get_backend(claiming(fake_quantize_both=declined))
+    found.context.backend = Claims(fake_quantize_both=declined)
     text = found.text
     assert found.run("pair") == 0
     assert found.text == text

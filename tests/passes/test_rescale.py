@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from fp4compile.backend import Answer, Kernel, No, Yes, get_backend, register_backend
+from fp4compile.backend import Answer, Kernel, No, Yes, get_backend
 from fp4compile.backends.inductor import InductorBackend
 from fp4compile.backends.triton import rowwise
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.ops import OPS
 from fp4compile.recipe import Operand, Recipe, Rule
-from tests.claims import claiming, everything
+from tests.claims import Claims, everything, registered
 from tests.helpers import Captured, capture, randn, trace
 
 ops = torch.ops.fp4compile
 ROWWISE = ("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise")
 CLAIMS = dict.fromkeys(ROWWISE, everything)
-BACKEND = get_backend(claiming(**CLAIMS))
+BACKEND = Claims(**CLAIMS)
 
 
 def nothing(arguments: Mapping[str, Any]) -> Answer:
@@ -114,7 +114,7 @@ def test_one_input_of_three_projections_is_quantised_once() -> None:
 @pytest.mark.parametrize("declined", ROWWISE)
 def test_what_a_kernel_declines_stays(declined: str) -> None:
     claims = {op: nothing if op == declined else everything for op in ROWWISE}
-    found = captured("mxfp4-plain", get_backend(claiming(**claims)))
+    found = captured("mxfp4-plain", Claims(**claims))
     before, expected = found.text, found.execute()
     if declined == "quantize_rowwise_both":
         assert found.run("rescale") == 6
@@ -195,9 +195,6 @@ class _Claims(InductorBackend):
     kernels = tuple(Kernel(f"claimed/{op}", op, "cpu", OPS[op].reference, lambda arguments: Yes()) for op in ROWWISE)
 
 
-register_backend(_Claims())
-
-
 def trained(backend: str, recipe: str) -> list[Tensor]:
     """Output and gradients of one step."""
     model, x = mlp(), randn(40, 96).requires_grad_()
@@ -214,9 +211,10 @@ def trained(backend: str, recipe: str) -> list[Tensor]:
 def test_a_step_trains_as_the_quantised_form_does(backend: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained("reference", recipe)
     torch._dynamo.reset()
-    got = trained(_Claims.name if backend == "inductor" else claiming(**CLAIMS), recipe)
-    monkeypatch.setattr(rowwise, "COUNTS", {torch.device("cpu"): torch.tensor([2, 6])})
-    report = last_report()
+    with registered(_Claims() if backend == "inductor" else Claims(**CLAIMS)) as name:
+        got = trained(name, recipe)
+        monkeypatch.setattr(rowwise, "COUNTS", {torch.device("cpu"): torch.tensor([2, 6])})
+        report = last_report()
     assert report is not None
     counted = "exact path taken by 2 of 6 row-wise scaled FP8 GEMMs" in report.notes
     assert counted == (backend == "inductor")
@@ -234,6 +232,7 @@ def test_tokens_of_any_number_share_a_graph() -> None:
         found: int = counters["stats"]["unique_graphs"]
         return found
 
-    options = {"recipe": "mxfp4", "backend": _Claims.name}
     usual = graphs(torch.compile(mlp(), dynamic=True))
-    assert 1 <= graphs(torch.compile(mlp(), backend=fp4compile_backend, dynamic=True, options=options)) <= usual
+    with registered(_Claims()) as name:
+        options = {"recipe": "mxfp4", "backend": name}
+        assert 1 <= graphs(torch.compile(mlp(), backend=fp4compile_backend, dynamic=True, options=options)) <= usual
