@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
 
 from fp4compile import recipe as recipes
-from fp4compile.backend import No, get_backend
+from fp4compile.backend import Backend, No, get_backend
 from fp4compile.capture import Frame, frame, graph_parameters
 from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.pipeline import Context, Pipeline, default_pipeline
@@ -67,23 +67,25 @@ class Ledger:
     def __init__(self) -> None:
         self._session: object = None
         self._reports: list[Report] = []
+        self._backend: Backend | None = None
         # Dynamo's count of graph breaks by reason, at the last graph of the session before.
         self._breaks: Counter[str] = Counter()
         self._latest: Counter[str] = Counter()
 
-    def add(self, session: object, report: Report) -> None:
+    def add(self, session: object, report: Report, backend: Backend) -> None:
         """Take in a graph's report; another session starts anew."""
         if session is None or session is not self._session:
             self._session, self._reports, self._breaks = session, [], self._latest
         self._reports.append(report)
+        self._backend = backend
         self._latest = Counter(counters["graph_break"])
 
     def last(self) -> Report | None:
         """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
         report = merged(self._reports)
-        if report:
+        if report and self._backend:
             report.notes += graph_break_notes(Counter(counters["graph_break"]) - self._breaks)
-            report.notes += get_backend(report.backend).runtime_notes()
+            report.notes += self._backend.runtime_notes()
         return report
 
 
@@ -174,5 +176,5 @@ def fp4compile_backend(
     parsed = Options.parse({"mode": mode, **(options or {})} if mode else options)
     where = frame(graph_module, example_inputs)
     context = make_context(parsed, where, device_type(example_inputs))
-    rewrite = rewriter(context, where, default_pipeline(), lambda c: _LEDGER.add(where.session, c.report()))
+    rewrite = rewriter(context, where, default_pipeline(), lambda c: _LEDGER.add(where.session, c.report(), c.backend))
     return context.backend.compile(graph_module, example_inputs, rewrite, context, parsed.mode)

@@ -7,13 +7,15 @@
     fake_quantize(%gate, 'hif4', 1, p1=%up, producer='full full: t0 = cast.float32(a0); ...')
 
 It happens where quantisations are the only readers of the tensor, so that the tensor itself is never written, and
-where one op per half of the step quantises it, so that it is not computed twice. A value on the way that others read
+where one op per half of the step quantises it, so that it is not computed twice. Tensors that one kernel makes from one
+read, as the gradients of both inputs of a SwiGLU, are left to it. A value on the way that others read
 too is written in any case: it is read, not computed again, unless a single tensor and statistics of its rows make it.
 Norms are absorbed behind their statistics, which stay reductions of their own.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -189,6 +191,22 @@ def _made(consumer: Node) -> tuple[list[Node], Producer] | None:
         return None
 
 
+def _alone(made: dict[Node, tuple[list[Node], Producer]]) -> dict[Node, tuple[list[Node], Producer]]:
+    """Without producers that read a tensor which another one reads in the same half: one kernel makes both from one
+    read, as the gradients of both inputs of a SwiGLU."""
+    roots: defaultdict[tuple[bool, Node], set[Node]] = defaultdict(set)
+    for consumer, (operands, producer) in made.items():
+        for operand, layout in zip(operands, producer.layouts, strict=True):
+            if layout == "full":
+                roots[is_backward(consumer), operand].add(below_views(cast(Node, consumer.args[0])))
+    shared = {operand for operand, readers in roots.items() if len(readers) > 1}
+    return {
+        consumer: found
+        for consumer, found in made.items()
+        if not any((is_backward(consumer), operand) in shared for operand in found[0])
+    }
+
+
 @dataclass(frozen=True)
 class Absorb:
     """Let quantisations compute what they quantise."""
@@ -201,5 +219,5 @@ class Absorb:
         graph = graph_module.graph
         consumers = [n for n in graph.nodes if n.target in _ABSORBING and "producer" not in n.kwargs]
         # All are decided before the first is absorbed: from then on its readers no longer show.
-        made = {consumer: found for consumer in consumers if (found := _made(consumer))}
+        made = _alone({consumer: found for consumer in consumers if (found := _made(consumer))})
         return sum(_absorb(graph, consumer, found, context) for consumer, found in made.items())

@@ -82,6 +82,8 @@ def _rewrite(graph: Graph, nodes: tuple[Node, Node], context: Context) -> bool:
         return False
     for node in (*late, both):
         earlier.prepend(node)
+        if "partitioner_tag" in earlier.meta:  # else it is no joint graph
+            node.meta["partitioner_tag"] = earlier.meta["partitioner_tag"]
     for axis, node in enumerate(nodes):
         with graph.inserting_after(both):
             node.replace_all_uses_with(call(graph, operator.getitem, (both, axis), earlier))

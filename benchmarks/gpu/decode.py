@@ -148,6 +148,8 @@ def rows_of(
     """Time the layers that are right on one x [M, K]."""
     cases = {layer.name: [partial(call, x) for call in layer.copies] for layer in layers if layer.name not in problems}
     times, errors = compare(cases, CALLS, options.rounds, options.seconds)
+    if BASE not in times:
+        raise RuntimeError(f"bf16 linear could not be timed: {errors.get(BASE) or problems.get(BASE)}")
     base = middle(times[BASE])[0]
     for layer in layers:
         ours = layer.name in NAMES

@@ -29,6 +29,8 @@ def turns(runs: Sequence[Run], rounds: int, seconds: float) -> list[list[float]]
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
+    if not runs:
+        return times
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
