@@ -112,6 +112,18 @@ class Site:
         assert isinstance(node, Node)
         return node
 
+    def replace(self, gemm: Node, a: int = 0, b: int = 1) -> None:
+        """Put a GEMM, which has its operands A and B at these positions, in the place of the site's own."""
+        self.node.replace_all_uses_with(gemm)
+        self.node.graph.erase_node(self.node)
+        self.follow(gemm, a, b)
+
+    def follow(self, gemm: Node, a: int = 0, b: int = 1) -> None:
+        """Take over a GEMM that has replaced the site's own."""
+        first = min(self.arguments.values())
+        self.node = gemm
+        self.arguments = {name: b if position > first else a for name, position in self.arguments.items()}
+
     @property
     def where(self) -> str:
         """Role, module and source line, for messages."""

@@ -11,6 +11,7 @@ bf16 and fp16; the last step is the result.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
 LAYOUTS = ("full", "row", "column", "scalar")
+# What an op that carries a producer takes: x, and p1 to p4.
+MOST_OPERANDS = 5
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,19 @@ _BY_TARGET = {target: function for function in FUNCTIONS.values() for target in 
 
 
 def function_of(node: Node) -> Function | None:
-    """The elementwise function that a graph node applies, or None."""
+    """The elementwise function that a graph node applies to tensors and numbers, or None."""
     known = _BY_TARGET.get(node.target) if node.op == "call_function" else None
-    if known is None or node.meta["val"].dtype not in DTYPES.values() or "alpha" in node.kwargs:
+    if known is None or node.meta["val"].dtype not in DTYPES.values():
         return None
-    return known if all(isinstance(v, Node | int | float) for v in node.args[: known.arity]) else None
+    scaled = "alpha" in node.kwargs or len(node.args) > 2  # add and sub take a factor
+    return known if not scaled and all(map(_is_value, node.args[: known.arity])) else None
+
+
+def _is_value(argument: Any) -> bool:
+    """Whether an argument is a tensor or a finite number; a symbolic one is known only when the graph runs."""
+    if isinstance(argument, Node):
+        return isinstance(argument.meta["val"], Tensor)
+    return isinstance(argument, int | float) and math.isfinite(argument)
 
 
 # An operand of a step: the name of an input (a0, a1, …) or of an earlier step (t0, t1, …), or a number.

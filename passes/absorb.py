@@ -16,6 +16,7 @@ Norms are absorbed behind their statistics, which stay reductions of their own.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -26,13 +27,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fp4compile.graph import below_views, is_backward, readers
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
-from fp4compile.producer import DTYPES, Function, Producer, Step, function_of
+from fp4compile.producer import DTYPES, MOST_OPERANDS, Function, Producer, Step, function_of
 from fp4compile.rewrite import call, refresh
 
 aten = torch.ops.aten
 
 # Reading more tensors than these costs more than one pass over memory.
 _MOST_TENSORS = 4
+# Beyond these steps arithmetic bounds a kernel, and not memory; GELU's backward takes 25.
+_MOST_STEPS = 64
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_SCALE = OPS["tensor_scale"].overload
 _ABSORBING = {op.overload: op for op in OPS.values() if "producer" in op.signature.parameters}
@@ -42,78 +45,96 @@ class _Refused(Exception):
     """No producer that a kernel could compute."""
 
 
-def _layout(node: Node, rows: Any, columns: Any) -> str:
-    """How a tensor lies against the result [rows, columns]."""
-    shape = node.meta["val"].shape
-    size, last = node.meta["val"].numel(), shape[-1] if shape else 1
-    found = {"full": (rows * columns, columns), "column": (columns, columns), "row": (rows, 1), "scalar": (1, 1)}
-    for layout, (wanted, width) in found.items():
-        if statically_known_true(size == wanted) and statically_known_true(last == width):
-            return layout
-    raise _Refused(f"{node} has shape {tuple(shape)}")
+def _full_size_below(graph: Graph) -> dict[Node, frozenset[Node]]:
+    """Elementwise node -> the tensors of its size in memory that it is a function of; itself, where it is one of them.
+
+    It is when others read it too and it takes more than one tensor to compute it again.
+    """
+    found: dict[Node, frozenset[Node]] = {}
+    for node in graph.nodes:  # in topological order
+        function = function_of(node)
+        if function is not None:
+            sources = {below_views(v) for v in node.args[: function.arity] if isinstance(v, Node)}
+            alike = [source for source in sources if _same_size(source, node)]
+            below = frozenset().union(*(found.get(source, {source}) for source in alike))
+            shared = sum(1 for _ in readers(node)) > 1
+            found[node] = frozenset({node}) if shared and len(below) > 1 else below
+    return found
+
+
+def _same_size(a: Node, b: Node) -> bool:
+    return statically_known_true(a.meta["val"].numel() == b.meta["val"].numel())
 
 
 @dataclass
 class _Builder:
-    """Collects the operands and steps of one producer, whose result is [rows, columns]."""
+    """Collects the operands and steps of one producer, whose result is [rows, columns].
+
+    Attributes:
+        below: what `_full_size_below` found in the graph.
+        names: (value below its views, layout) -> its name.
+        entered: number of steps begun.
+    """
 
     rows: Any
     columns: Any
+    below: Mapping[Node, frozenset[Node]]
     operands: list[Node] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    names: dict[Node, str] = field(default_factory=dict)
-    tensors: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    names: dict[tuple[Node, str], str] = field(default_factory=dict)
+    entered: int = 0
 
-    def add(self, node: Node, root: bool = False) -> str:
-        """The name of a node's value: that of an operand, or of the step that computes it."""
-        node = below_views(node)
-        if node not in self.names:
-            function = None if not root and self._is_written(node) else function_of(node)
-            self.names[node] = self._operand(node) if function is None else self._step(node, function)
-        return self.names[node]
+    def step(self, node: Node, function: Function) -> str:
+        """The name of the step that computes a node of full size."""
+        self.entered += 1
+        if self.entered > _MOST_STEPS:
+            raise _Refused(f"it takes more than {_MOST_STEPS} steps")
+        given = cast(tuple[Node | float, ...], node.args[: function.arity])
+        values = tuple(self._value(v, node) if isinstance(v, Node) else float(v) for v in given)
+        self.steps.append(Step(function.name, _DTYPE_NAMES[node.meta["val"].dtype], values))
+        return f"t{len(self.steps) - 1}"
 
-    def _is_written(self, node: Node) -> bool:
-        """Whether the value is in memory whatever this pass does; statistics of rows are."""
-        return _layout(node, self.rows, self.columns) != "full" or self._tensors_below(node) == {node}
+    def _value(self, value: Node, reader: Node) -> str:
+        """The name of what a step reads: that of an operand, or of the step that computes it."""
+        key = node, layout = below_views(value), self._layout(value, reader)
+        if key not in self.names:
+            # Statistics of rows, and all else that is not of full size, are in memory whatever this pass does.
+            written = layout != "full" or self.below.get(node, {node}) == {node}
+            function = None if written else function_of(node)
+            self.names[key] = self._operand(node, layout) if function is None else self.step(node, function)
+        return self.names[key]
 
-    def _tensors_below(self, node: Node) -> frozenset[Node]:
-        """The written tensors of full size that a value is a function of; itself, where it is one of them."""
-        node = below_views(node)
-        if node not in self.tensors:
-            self.tensors[node] = self._find_tensors(node)
-        return self.tensors[node]
+    def _layout(self, value: Node, reader: Node) -> str:
+        """How a value, in the shape in which it is read, lies against the result."""
+        shape, width = value.meta["val"].shape, reader.meta["val"].shape[-1]
+        size, last = value.meta["val"].numel(), shape[-1] if shape else 1
+        rows, columns = self.rows, self.columns
+        if statically_known_true(size == rows * columns):
+            return "full"
+        if statically_known_true(size == 1):
+            return "scalar"
+        # It is broadcast against the rows of its reader: these must be the rows of the result.
+        if statically_known_true(width == columns):
+            for layout, found in {"column": (columns, columns), "row": (rows, 1)}.items():
+                if statically_known_true(size == found[0]) and statically_known_true(last == found[1]):
+                    return layout
+        raise _Refused(f"{value} has shape {tuple(shape)}")
 
-    def _find_tensors(self, node: Node) -> frozenset[Node]:
-        if _layout(node, self.rows, self.columns) != "full":
-            return frozenset()
-        function = function_of(node)
-        if function is None:
-            return frozenset({node})
-        sources = [v for v in node.args[: function.arity] if isinstance(v, Node)]
-        found: frozenset[Node] = frozenset().union(*map(self._tensors_below, sources))
-        shared = sum(1 for _ in readers(node)) > 1
-        return frozenset({node}) if shared and len(found) > 1 else found
-
-    def _operand(self, node: Node) -> str:
+    def _operand(self, node: Node, layout: str) -> str:
         fake = node.meta["val"]
-        layout = _layout(node, self.rows, self.columns)
         if fake.dtype not in _DTYPE_NAMES or (layout == "full" and not fake.is_contiguous()):
             raise _Refused(f"{node} is {fake.dtype} with strides {fake.stride()}")
         self.operands.append(node)
         self.layouts.append(layout)
         return f"a{len(self.operands) - 1}"
 
-    def _step(self, node: Node, function: Function) -> str:
-        given = cast(tuple[Node | float, ...], node.args[: function.arity])
-        values = tuple(self.add(v) if isinstance(v, Node) else float(v) for v in given)
-        self.steps.append(Step(function.name, _DTYPE_NAMES[node.meta["val"].dtype], values))
-        return f"t{len(self.steps) - 1}"
-
     def build(self) -> tuple[list[Node], Producer]:
         """Operands, one of full size first, and the producer of them."""
         if "full" not in self.layouts or self.layouts.count("full") > _MOST_TENSORS:
             raise _Refused(f"it reads {self.layouts.count('full')} tensors")
+        if len(self.operands) > MOST_OPERANDS:
+            raise _Refused(f"it has {len(self.operands)} operands")
         first = self.layouts.index("full")
         order = [first, *(i for i in range(len(self.operands)) if i != first)]
         names = {f"a{old}": f"a{new}" for new, old in enumerate(order)}
@@ -139,13 +160,15 @@ def _check_readers(root: Node, tensors: int) -> None:
             raise _Refused(f"{len(inside)} ops would compute {root} from {tensors} tensors")
 
 
-def _producer(x: Node) -> tuple[list[Node], Producer]:
+def _producer(x: Node, below: Mapping[Node, frozenset[Node]]) -> tuple[list[Node], Producer]:
     """Operands and producer of a tensor that only quantisations read."""
     root = below_views(x)
-    if function_of(root) is None or x.meta["val"].dim() != 2:
+    function = function_of(root)
+    if function is None or x.meta["val"].dim() != 2:
         raise _Refused(f"{root} is not elementwise")
-    builder = _Builder(*x.meta["val"].shape)
-    builder.add(root, root=True)
+    rows, columns = x.meta["val"].shape
+    builder = _Builder(rows, columns, below)
+    builder.step(root, function)
     _check_readers(root, builder.layouts.count("full"))
     return builder.build()
 
@@ -184,9 +207,9 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
     return False
 
 
-def _made(consumer: Node) -> tuple[list[Node], Producer] | None:
+def _made(consumer: Node, below: Mapping[Node, frozenset[Node]]) -> tuple[list[Node], Producer] | None:
     try:
-        return _producer(cast(Node, consumer.args[0]))
+        return _producer(cast(Node, consumer.args[0]), below)
     except _Refused:
         return None
 
@@ -219,5 +242,6 @@ class Absorb:
         graph = graph_module.graph
         consumers = [n for n in graph.nodes if n.target in _ABSORBING and "producer" not in n.kwargs]
         # All are decided before the first is absorbed: from then on its readers no longer show.
-        made = _alone({consumer: found for consumer in consumers if (found := _made(consumer))})
+        below = _full_size_below(graph) if consumers else {}
+        made = _alone({consumer: found for consumer in consumers if (found := _made(consumer, below))})
         return sum(_absorb(graph, consumer, found, context) for consumer, found in made.items())

@@ -133,10 +133,7 @@ class Fuse:
 
         def follow(old: Node, new: Node) -> None:
             if old in sites:
-                site = sites[old]
-                first = min(site.arguments.values())
-                site.node = new
-                site.arguments = {name: int(position > first) for name, position in site.arguments.items()}
+                sites[old].follow(new)
 
         for rules in GROUPS:
             done += apply(graph, rules, follow)

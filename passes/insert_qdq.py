@@ -70,10 +70,7 @@ def _scaled_gemm(graph: Graph, site: Site, scales: dict[str, Node | None]) -> No
         options["bias"] = node.args[0]
     options = {k: v for k, v in options.items() if v is not None}
     gemm = call(graph, OPS["mm"].overload, (node.args[op.a], node.args[op.b]), node, **options)
-    node.replace_all_uses_with(gemm)
-    graph.erase_node(node)
-    site.arguments = {name: (0 if position == op.a else 1) for name, position in site.arguments.items()}
-    site.node = gemm
+    site.replace(gemm)
 
 
 def _is_quantised(operand: Node) -> bool:

@@ -62,11 +62,7 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     if context.kernel(gemm)[0] not in {kernel.name for kernel in context.backend.kernels if kernel.packed}:
         graph.erase_node(gemm)  # what else was inserted is dead now
         return False
-    node.replace_all_uses_with(gemm)
-    graph.erase_node(node)
-    first = min(site.arguments.values())
-    site.node = gemm
-    site.arguments = {name: int(position > first) for name, position in site.arguments.items()}
+    site.replace(gemm)
     return True
 
 
@@ -80,6 +76,8 @@ class Pack:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
+        if not any(kernel.packed and kernel.device == context.device for kernel in context.backend.kernels):
+            return 0
         done = sum(_rewrite(graph, site, context) for site in context.sites if site.node.target in _GEMMS)
         graph.eliminate_dead_code()
         return done and done + merge_equal(graph, lambda node: node.target in (QUANTIZE, operator.getitem))

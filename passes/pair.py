@@ -47,11 +47,11 @@ def _pairs(graph: Graph) -> Iterator[tuple[Node, Node]]:
             yield by_axis[0], by_axis[1]
 
 
-def _late_inputs(order: dict[Node, int], earlier: Node, later: Node) -> list[Node] | None:
+def _late_inputs(earlier: Node, later: Node) -> list[Node] | None:
     """What must move before `earlier` for `later` to run there: tensor scales; None where more would have to."""
-    late = [node for node in later.all_input_nodes if order[node] > order[earlier]]
+    late = [node for node in later.all_input_nodes if node > earlier]  # nodes are ordered as they lie in the graph
     for node in late:
-        if node.target is not _TENSOR_SCALE or any(order[n] > order[earlier] for n in node.all_input_nodes):
+        if node.target is not _TENSOR_SCALE or any(n > earlier for n in node.all_input_nodes):
             return None
     return late
 
@@ -70,9 +70,8 @@ def _both(graph: Graph, nodes: tuple[Node, Node], like: Node) -> Node:
 
 
 def _rewrite(graph: Graph, nodes: tuple[Node, Node], context: Context) -> bool:
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    earlier, later = sorted(nodes, key=order.__getitem__)
-    late = _late_inputs(order, earlier, later)
+    earlier, later = sorted(nodes)
+    late = _late_inputs(earlier, later)
     if late is None:
         return False
     with graph.inserting_before(later):

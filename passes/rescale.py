@@ -68,21 +68,17 @@ class _Rewriter:
         reason = next(filter(None, map(_refusal, operands)), None)
         if reason is not None:
             return self._refuse(reason)
-        parts = [self._operand(fake) for fake in operands if fake is not None]
         bias = {"bias": cast(Node, node.args[0])} if node.target is aten.addmm.default else {}
         if node.kwargs or any(added.meta["val"].dim() != 1 for added in bias.values()):
             return self._refuse("what is added is not one bias per column")
+        parts = [self._operand(fake) for fake in operands if fake is not None]
         with self.graph.inserting_before(node):
             gemm = call(self.graph, MM, (*parts[0], *parts[1], node.meta["val"].dtype), node, **bias)
         for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
             if not self.context.has_kernel(made):
                 self.graph.erase_node(gemm)
                 return self._refuse("; ".join(self.context.kernel(made)[1]))
-        node.replace_all_uses_with(gemm)
-        self.graph.erase_node(node)
-        first = min(site.arguments.values())
-        site.node = gemm
-        site.arguments = {name: _PARTS * int(position > first) for name, position in site.arguments.items()}
+        site.replace(gemm, b=_PARTS)
         site.axes = dict.fromkeys(site.axes, -1)
         return True
 

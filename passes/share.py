@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
@@ -20,9 +20,13 @@ from fp4compile.rewrite import merge_equal
 _DRAW = OPS["draw_seed"].overload
 
 
+def _is_ours(node: Node) -> bool:
+    return bool(node.meta.get("fp4compile"))
+
+
 @dataclass(frozen=True)
 class Share:
-    """Merge equal nodes of ours, then pin backward-only ones to the backward."""
+    """Merge equal nodes of ours but GEMMs, then pin backward-only ones to the backward."""
 
     name: ClassVar[str] = "share"
     needs: ClassVar[tuple[str, ...]] = ("stabilised",)
@@ -30,8 +34,10 @@ class Share:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        done = merge_equal(graph, lambda node: bool(node.meta.get("fp4compile")) and node.target is not _DRAW)
+        # Two layers whose outputs are added have equal weight gradients, and yet a site each.
+        kept = {site.node for site in context.sites}
+        done = merge_equal(graph, lambda node: _is_ours(node) and node.target is not _DRAW and node not in kept)
         for node in graph.nodes:
-            if node.meta.get("fp4compile") and node.meta.get("partitioner_tag") == "is_backward":
+            if _is_ours(node) and node.meta.get("partitioner_tag") == "is_backward":
                 node.meta["partitioner_tag"] = "must_be_in_backward"
         return done

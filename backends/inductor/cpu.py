@@ -33,7 +33,7 @@ from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
 from fp4compile.codec import E4M3_MAX, e6m2_max, e8m0_up_from
 from fp4compile.files import cache_folder
-from fp4compile.formats import FORMATS, Element, Format
+from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
 from fp4compile.ops import OPS
 
@@ -167,13 +167,12 @@ class _Job(ctypes.Structure):
 _OPS = {"fake_quantize": 0, "quantize": 1, "dequantize": 2, "tensor_scale": 3, "hadamard": 4}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALINGS = {"e6m2": 0, "e8m0": 1, "e4m3": 2}
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _element(element: Element) -> int | No:
     """The rounding that cpu_codec.c has for the element: E2M1 ties to even, evenly spaced ties away."""
     step = element.magnitudes[1]
-    if (element.magnitudes, element.tie) == (_E2M1, "even"):
+    if (element.magnitudes, element.tie) == (E2M1.magnitudes, "even"):
         return 0
     even_steps = element.magnitudes == tuple(step * i for i in range(8))
     if even_steps and math.frexp(step)[0] == 0.5 and element.tie == "away":

@@ -1,9 +1,16 @@
-"""Triton kernels of the codec ops on CUDA: a table of kernels for the default backend, not a backend of its own.
+"""Kernels of the ops on CUDA, Triton's and cuBLAS's: a table for the default backend, not a backend of its own.
 
-    torch.ops.fp4compile.fake_quantize(x.cuda(), "hif4", 0)  ->  supports? Yes  ->  launch.fake_quantize
+    torch.ops.fp4compile.fake_quantize(x.cuda(), "hif4", 0)  ->  supports? Yes  ->  codec.fake_quantize
 
-The kernels are equal bit for bit to the reference. Importing this package needs neither Triton nor a GPU: where one
-is missing, every kernel says so and the reference runs.
+Kernels that quantise or decode are equal bit for bit to the reference, GEMMs up to the order of
+their fp32 sums.
+
+    X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
+    arithmetic.py   what the kernels share; launch.py: what the launches share
+    gemm, native    GEMMs of cuBLAS; produce: producers as Triton functions; tune: measured cuts
+
+Importing this package needs neither Triton nor a GPU: where one is missing, every kernel says so and the reference
+runs.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.backends.triton import gemm, launch, native, packed_launch, produce, rowwise
+from fp4compile.backends.triton import codec, gemm, native, packed, produce, rowwise
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
 _MOST_REMEMBERED = 4096
@@ -38,7 +45,7 @@ def available(least: tuple[int, int] = _LEAST_CAPABILITY) -> Answer:
     return Yes()
 
 
-# --- what they support -----------------------------------------------------------------------------------------------
+# --- checks: why a kernel does not take a call, or None ---------------------------------------------------------------
 
 
 def _on_one_gpu(arguments: Mapping[str, Any]) -> str | None:
@@ -50,119 +57,11 @@ def _on_one_gpu(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _format_known(arguments: Mapping[str, Any]) -> str | None:
-    known = launch.known(arguments["format"])
+    known = codec.known(arguments["format"])
     return known.reason if isinstance(known, No) else None
 
 
-def _producer(arguments: Mapping[str, Any]) -> str | None:
-    return produce.refusal(arguments["producer"])
-
-
-def _transform_size(arguments: Mapping[str, Any]) -> str | None:
-    size = arguments["hadamard"]
-    good = ", ".join(map(str, launch.HADAMARD_SIZES[1:]))
-    return None if size in launch.HADAMARD_SIZES else f"Hadamard size {size} is not one of {good}"
-
-
-def _along_both(arguments: Mapping[str, Any]) -> str | None:
-    """The checks of `fake_quantize` along either axis of a matrix."""
-    x = arguments["x"]
-    if x.dim() != 2:
-        return f"x has {x.dim()} axes, not two"
-    for axis in (0, 1):
-        one = {**arguments, "axis": axis, "tensor_scale": arguments[f"tensor_scale_{axis}"]}
-        one |= {name: arguments[name][axis] for name in ("rounding", "hadamard", "block_2d")}
-        for check in (checks.scalars, _transform_size, checks.rounding, checks.square):
-            reason = check(one)
-            if reason is not None:
-                return reason
-    bound = launch.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
-    return "arithmetic bounds it, so that two kernels are as fast" if bound else None
-
-
-def _supports(
-    *required: checks.Check, capability: tuple[int, int] = _LEAST_CAPABILITY
-) -> Callable[[Mapping[str, Any]], Answer]:
-    """The answer of the first check that objects; a machine without Triton or such a GPU objects to everything."""
-
-    def answer(arguments: Mapping[str, Any]) -> Answer:
-        here = available(capability)
-        return here if isinstance(here, No) else checked(arguments)
-
-    @_remembered
-    def checked(arguments: Mapping[str, Any]) -> Answer:
-        reasons = (check(arguments) for check in required)
-        return next((No(reason) for reason in reasons if reason is not None), Yes())
-
-    return answer
-
-
-def _kind(value: Tensor | list[Any]) -> Any:
-    """What checks may read of a tensor or a list."""
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else tuple(value)
-
-
-def _remembered(answer: Callable[[Mapping[str, Any]], Answer]) -> Callable[[Mapping[str, Any]], Answer]:
-    """The same answers, found again by shapes, dtypes, devices and options; symbolic sizes are asked each time."""
-    known: dict[Any, Answer] = {}
-
-    def remembered(arguments: Mapping[str, Any]) -> Answer:
-        key = tuple([_kind(v) if isinstance(v, Tensor | list) else v for v in arguments.values()])
-        try:
-            found = known.get(key)
-        except TypeError:  # a symbolic size has no hash
-            return answer(arguments)
-        if found is None:
-            if len(known) == _MOST_REMEMBERED:
-                known.clear()
-            found = known[key] = answer(arguments)
-        return found
-
-    return remembered
-
-
-_QUANTIZING = (
-    _on_one_gpu,
-    checks.input,
-    _format_known,
-    checks.scalars,
-    _transform_size,
-    checks.rounding,
-    checks.square,
-)
-
-_NATIVE = _supports(
-    _on_one_gpu, native.packed_operands, native.sizes, checks.scalars, capability=native.LEAST_CAPABILITY
-)
-
-_PACKED_WEIGHT = _supports(_on_one_gpu, packed_launch.operands)
-
-_DENSE = _supports(_on_one_gpu, gemm.available, gemm.dense_operands)
-
-_CODECS: tuple[tuple[str, Callable[..., Any], tuple[checks.Check, ...]], ...] = (
-    ("fake_quantize", launch.fake_quantize, (*_QUANTIZING, _producer)),
-    (
-        "fake_quantize_both",
-        launch.fake_quantize_both,
-        (_on_one_gpu, checks.input, _format_known, _along_both, _producer),
-    ),
-    ("quantize", launch.quantize, _QUANTIZING),
-    ("dequantize", launch.dequantize, (_on_one_gpu, _format_known, checks.scalars, checks.square, checks.packed)),
-    ("tensor_scale", launch.tensor_scale, (_on_one_gpu, checks.input, checks.scalars, _transform_size, _producer)),
-)
-
-KERNELS: tuple[Kernel, ...] = (
-    Kernel("cublas/fp4_mm", "mm", "cuda", native.mm, _NATIVE, packed=True),
-    Kernel("triton/packed_mm", "mm", "cuda", packed_launch.mm, _PACKED_WEIGHT),
-    Kernel("cublas/mm", "mm", "cuda", gemm.mm, _DENSE),
-    *(Kernel(f"triton/{op}", op, "cuda", run, _supports(*required)) for op, run, required in _CODECS),
-)
-
-
-# --- FP8 GEMMs with a scale per row ----------------------------------------------------------------------------------
-
-
-def _rows_known(arguments: Mapping[str, Any]) -> str | None:
+def _format_in_rows(arguments: Mapping[str, Any]) -> str | None:
     return rowwise.refusal(arguments["format"])
 
 
@@ -171,33 +70,131 @@ def _matrix(arguments: Mapping[str, Any]) -> str | None:
     return None if x.dim() == 2 and 0 not in x.shape else f"x of shape {tuple(x.shape)} is no matrix with elements"
 
 
-def _rows_along_both(arguments: Mapping[str, Any]) -> str | None:
-    """The checks of `quantize_rowwise` along either axis."""
-    for axis in (0, 1):
-        one = {**arguments, **{name: arguments[name][axis] for name in ("rounding", "hadamard")}}
-        reason = _transform_size(one) or checks.rounding(one)
-        if reason is not None:
-            return reason
-    return None
+def _producer(arguments: Mapping[str, Any]) -> str | None:
+    return produce.refusal(arguments["producer"])
 
 
-_ROWS = (_on_one_gpu, checks.input, _matrix, _rows_known, checks.scalars, _producer)
+def _transform_size(arguments: Mapping[str, Any]) -> str | None:
+    size = arguments["hadamard"]
+    good = ", ".join(map(str, codec.HADAMARD_SIZES[1:]))
+    return None if size in codec.HADAMARD_SIZES else f"Hadamard size {size} is not one of {good}"
 
-KERNELS += tuple(
-    Kernel(name, op, "cuda", run, _supports(*required, capability=rowwise.LEAST_CAPABILITY))
-    for name, op, run, required in (
-        (
-            "triton/quantize_rowwise",
-            "quantize_rowwise",
-            rowwise.quantize_rowwise,
-            (*_ROWS, _transform_size, checks.rounding),
-        ),
-        (
-            "triton/quantize_rowwise_both",
-            "quantize_rowwise_both",
-            rowwise.quantize_rowwise_both,
-            (*_ROWS, _rows_along_both),
-        ),
-        ("cublas/mm_rowwise", "mm_rowwise", rowwise.mm_rowwise, (_on_one_gpu, rowwise.sizes)),
-    )
-)
+
+def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
+    bound = codec.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
+    return "arithmetic bounds it, so that two kernels are as fast" if bound else None
+
+
+def _along_both(*required: checks.Check) -> checks.Check:
+    """A check of a matrix along either axis, by checks of one: options that come in pairs are taken apart."""
+
+    def along_both(arguments: Mapping[str, Any]) -> str | None:
+        x = arguments["x"]
+        if x.dim() != 2:
+            return f"x has {x.dim()} axes, not two"
+        pairs = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
+        for axis in (0, 1):
+            one = {**arguments, **{name: pair[axis] for name, pair in pairs.items()}, "axis": axis}
+            one["tensor_scale"] = arguments.get(f"tensor_scale_{axis}")
+            reason = next(filter(None, (check(one) for check in required)), None)
+            if reason is not None:
+                return reason
+        return None
+
+    return along_both
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _what_checks_read(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _remembered(answer: Callable[[Mapping[str, Any]], Answer]) -> Callable[[Mapping[str, Any]], Answer]:
+    """The same answers, found again by shapes, dtypes, devices and options; symbolic sizes are asked each time."""
+    known: dict[Any, Answer] = {}
+
+    def remembered(arguments: Mapping[str, Any]) -> Answer:
+        key = tuple([_what_checks_read(value) for value in arguments.values()])
+        try:
+            found = known.get(key)
+        except TypeError:  # a symbolic size has no hash
+            return answer(arguments)
+        if found is None:
+            if len(known) >= _MOST_REMEMBERED:
+                known.clear()
+            found = known[key] = answer(arguments)
+        return found
+
+    return remembered
+
+
+def _kernel(
+    name: str,
+    op: str,
+    run: Callable[..., Any],
+    *required: checks.Check,
+    least: tuple[int, int] = _LEAST_CAPABILITY,
+    packed: bool = False,
+) -> Kernel:
+    """A kernel that takes what no check objects to, on a machine with Triton and GPUs of a compute capability."""
+
+    @_remembered
+    def checked(arguments: Mapping[str, Any]) -> Answer:
+        reasons = (check(arguments) for check in required)
+        return next((No(reason) for reason in reasons if reason is not None), Yes())
+
+    def supports(arguments: Mapping[str, Any]) -> Answer:
+        here = available(least)
+        return here if isinstance(here, No) else checked(arguments)
+
+    return Kernel(name, op, "cuda", run, supports, packed)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+_QUANTIZED = (_on_one_gpu, checks.input, _format_known)
+_OPTIONS = (checks.scalars, _transform_size, checks.rounding, checks.square)
+_ROWS = (_on_one_gpu, checks.input, _matrix, _format_in_rows, checks.scalars, _producer)
+_OPTIONS_OF_ROWS = (_transform_size, checks.rounding)
+
+# Of the kernels of one op the first that supports a call runs it: `mm` on FP4 tensor cores before one that decodes.
+# In a row checks go from general to particular, as the first that objects is what a report prints.
+KERNELS: tuple[Kernel, ...] = (
+    _kernel(
+        "cublas/fp4_mm", "mm", native.mm,
+        _on_one_gpu, native.packed_operands, native.sizes, checks.scalars,
+        least=native.LEAST_CAPABILITY, packed=True,
+    ),
+    _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
+    _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel("triton/fake_quantize", "fake_quantize", codec.fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
+    _kernel(
+        "triton/fake_quantize_both", "fake_quantize_both", codec.fake_quantize_both,
+        *_QUANTIZED, _along_both(*_OPTIONS), _one_launch_pays, _producer,
+    ),
+    _kernel("triton/quantize", "quantize", codec.quantize, *_QUANTIZED, *_OPTIONS),
+    _kernel(
+        "triton/dequantize", "dequantize", codec.dequantize,
+        _on_one_gpu, _format_known, checks.scalars, checks.square, checks.packed,
+    ),
+    _kernel(
+        "triton/tensor_scale", "tensor_scale", codec.tensor_scale,
+        _on_one_gpu, checks.input, checks.scalars, _transform_size, _producer,
+    ),
+    _kernel(
+        "triton/quantize_rowwise", "quantize_rowwise", rowwise.quantize_rowwise,
+        *_ROWS, *_OPTIONS_OF_ROWS, least=rowwise.LEAST_CAPABILITY,
+    ),
+    _kernel(
+        "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.quantize_rowwise_both,
+        *_ROWS, _along_both(*_OPTIONS_OF_ROWS), least=rowwise.LEAST_CAPABILITY,
+    ),
+    _kernel(
+        "cublas/mm_rowwise", "mm_rowwise", rowwise.mm_rowwise,
+        _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,
+    ),
+)  # fmt: skip

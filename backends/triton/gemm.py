@@ -98,9 +98,9 @@ def _gemm(a: Tensor, b: Tensor, alpha: Tensor, y: Tensor) -> None:
     beta = torch.zeros_like(alpha)
     dtype, handle, mode = _DTYPES[a.dtype], torch.cuda.current_blas_handle(), _int()
     _checked("cublasGetMathMode", handle, mode)
-    _checked("cublasSetMathMode", handle, _NO_REDUCED_PRECISION)
-    _checked("cublasSetPointerMode_v2", handle, _DEVICE)
     try:
+        _checked("cublasSetMathMode", handle, _NO_REDUCED_PRECISION)
+        _checked("cublasSetPointerMode_v2", handle, _DEVICE)
         _checked(
             "cublasGemmEx", handle, _TRANSPOSED[b_transposed], _TRANSPOSED[a_transposed],
             b.shape[1], a.shape[0], a.shape[1], alpha.data_ptr(), b.data_ptr(), dtype, b_stride,
@@ -116,7 +116,7 @@ def _alpha(a: Tensor, scales: tuple[Tensor | None, Tensor | None]) -> Tensor:
     first, second = scales
     if first is None or second is None:
         one = first if second is None else second
-        return torch.ones((), device=a.device) if one is None else one
+        return torch.ones((), dtype=torch.float32, device=a.device) if one is None else one
     return first * second
 
 

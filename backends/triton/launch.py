@@ -1,66 +1,24 @@
-"""From an op's arguments to the launch of a kernel: geometry, tile, constants.
+"""Launches of Triton kernels: what calls of one shape share, compiled once, run with the tensors of a call.
 
-    fake_quantize(x [2, 512, 4096], "hif4", axis=1)
-        -> Launch("fake_quantize", 1024 programs, {lanes: 4096, size: 512, …}, columns, tiles [64, 64])
+    Launch("codec_kernels", "fake_quantize", 1024 programs, {lanes: 4096, size: 512, …}, {L: 64, K: 64, …}, 2 warps)
         -> run(launch, {x_ptr: x, y_ptr: y, …}, device)
 
-A `Launch` is what calls of one shape share: it is planned once, compiled once per device and alignment of pointers, and
-run with the tensors of a call. Triton is imported with the first.
+A launch is compiled once per device and alignment of pointers. Triton is imported with the first.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fp4compile.backend import No
-from fp4compile.backends import checks
-from fp4compile.backends.triton import produce
-from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
-from fp4compile.formats import E2M1, FORMATS, Element, Format
-from fp4compile.hadamard import SIGN_STREAM
-from fp4compile.producer import parse
-
-HADAMARD_SIZES = (0, 16, 32, 64, 128)
-DTYPES = checks.DTYPES
-_POINTERS = tuple(f"p{i}" for i in range(1, produce.MOST_OPERANDS))
-_FLAT = 8192  # elements per program where blocks play no part
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How much a program takes: elements in all and per warp, the least length along the lanes (where they are not
-    cut into runs), and `low`, how many consecutive elements of a column one thread holds."""
-
-    elements: int
-    per_warp: int
-    least: int
-    low: int
-
-
-# Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
-# Rows by the scaling of the format's first level.
-ROWS = {
-    "e6m2": Tile(elements=2048, per_warp=512, least=64, low=1),
-    "e8m0": Tile(elements=2048, per_warp=512, least=64, low=1),
-    "e4m3": Tile(elements=2048, per_warp=1024, least=64, low=1),
-}
-# Eight elements of a column in a thread save three exchanges of each maximum and butterfly.
-COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8)
-# A longer transform of columns must lie within one warp: between two it would go through shared memory.
-LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8)
-_LONG = 64
-# The least edge of a tile that is quantised along both axes. Its threads hold as much as those of COLUMNS.
-_EDGE = 64
 
 
 @dataclass(frozen=True)
@@ -77,25 +35,26 @@ class Launch:
     """What calls of one shape share.
 
     Attributes:
-        kernel: its name in `module`.
+        module: where the kernel is, beside this file.
+        kernel: its name there.
         grid: the number of programs.
         arguments: those that no call changes.
         constants: compile-time arguments.
         num_warps: warps per program.
-        module: where the kernel is, beside this file.
     """
 
+    module: str
     kernel: str
     grid: int
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
-    module: str = "kernels"
     _ready: dict[Any, _Ready] = field(default_factory=dict, init=False, repr=False)
 
 
 @cache
-def _kernels(module: str = "kernels") -> ModuleType:
+def kernels(module: str) -> ModuleType:
+    """A module of kernels beside this file, which imports Triton."""
     return importlib.import_module(f"fp4compile.backends.triton.{module}")
 
 
@@ -138,7 +97,7 @@ def _run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None
 
 
 def _first_run(launch: Launch, given: Mapping[str, Any], key: Any) -> None:
-    kernel, grid = getattr(_kernels(launch.module), launch.kernel), (launch.grid, 1, 1)
+    kernel, grid = getattr(kernels(launch.module), launch.kernel), (launch.grid, 1, 1)
     fixed = {**launch.arguments, **launch.constants}
     compiled = kernel[grid](**fixed, **given, num_warps=launch.num_warps, enable_fp_fusion=False)
     if hasattr(compiled, "__getitem__"):  # Triton's interpreter compiles nothing
@@ -146,509 +105,49 @@ def _first_run(launch: Launch, given: Mapping[str, Any], key: Any) -> None:
         launch._ready[key] = _Ready(compiled[grid], list(map(fixed.get, names)), list(map(names.index, given)))
 
 
-# --- constants of a format -------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _element(element: Element) -> dict[str, Any] | No:
-    """The rounding that kernels.py has for the element: E2M1 ties to even, evenly spaced ties away."""
-    step = element.magnitudes[1]
-    if (element.magnitudes, element.tie) == (E2M1.magnitudes, "even"):
-        return {"ELEMENT": "e2m1", "STEP": 1.0}
-    even_steps = element.magnitudes == tuple(step * i for i in range(8))
-    if even_steps and math.frexp(step)[0] == 0.5 and element.tie == "away":
-        return {"ELEMENT": "even", "STEP": step}
-    return No(f"the Triton kernels round E2M1 (ties to even) and evenly spaced elements, not {element.name}")
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def constants_of(fmt: Format) -> dict[str, Any] | No:
-    """The constants that the format's row decides, or why no kernel reads the row."""
-    element = _element(fmt.element)
-    if isinstance(element, No):
-        return element
-    blocks = tuple(level.block for level in fmt.levels if level.block is not None)
-    first, block = fmt.levels[0].dtype, fmt.block
-    if (first == "e6m2") != (len(blocks) > 1) or (first == "e6m2" and (blocks, fmt.block_2d) != ((64, 8, 4), None)):
-        return No(f"the Triton kernels know one block scale, or E6M2 over 64, 8 and 4, not {blocks}")
-    if block & (block - 1) or not 8 <= block <= 1024 or fmt.block_2d not in (None, block):
-        return No(f"the Triton kernels need blocks of a power of two from 8 to 1024, 2-D blocks as long: {block}")
-    return {"SCALING": first, "BLOCK": block, **element}
+def lasting_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in memory of no CUDA graph, for a buffer that outlives the call; not while a graph is captured.
+
+    While Inductor warms a graph up, what the thread allocates comes from that graph's pool, which is given to others
+    once the call is over: another thread allocates. All streams can read the zeros when this returns.
+    """
+
+    def allocate() -> Tensor:
+        zeros = torch.zeros(size, dtype=dtype, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(allocate).result()
 
 
-@cache
-def known(format: str) -> dict[str, Any] | No:
-    """`constants_of` by name."""
-    return constants_of(FORMATS[format])
+# --- integers --------------------------------------------------------------------------------------------------------
 
 
-def _format_constants(format: str) -> dict[str, Any]:
-    constants = known(format)
-    assert not isinstance(constants, No)
-    return constants
+def ceil_div(n: int, by: int) -> int:
+    """n / by, rounded up."""
+    return -(-n // by)
 
 
-@cache
-def _rounding(
-    format: str, scale_rule: str | None, rounding: str, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments, constants) of the encoder; `dtype` is what the decoded values must fit."""
-    fmt = FORMATS[format]
-    rule, top, largest = fmt.rule(scale_rule), fmt.element.max, torch.finfo(dtype).max
-    arguments = {
-        "up_from": e8m0_up_from(fmt.element, rule) if fmt.levels[0].dtype == "e8m0" else 0,
-        "k_max": min(math.floor(math.log2(largest / top)), 127),
-        "s_max": e6m2_max(largest),
-    }
-    constants = {
-        **_format_constants(format),
-        "TOP": top,
-        "EMAX": math.floor(math.log2(top)),
-        "TRUNCATION_FREE": rule == "truncation-free",
-        "STOCHASTIC": rounding == "stochastic",
-    }
-    return arguments, constants
+def round_up(n: int, to: int) -> int:
+    """The least multiple of `to` that is not below n."""
+    return ceil_div(n, to) * to
 
 
-def _transform(hadamard: int) -> dict[str, Any]:
-    """The constants of the Hadamard transform in front."""
-    factor = 1.0 / math.sqrt(hadamard) if hadamard else 1.0
-    return {"HADAMARD": hadamard, "LOG2": hadamard.bit_length() - 1, "FACTOR": factor}
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as a signed integer."""
-    return (word + 2**31) % 2**32 - 2**31
-
-
-# --- geometry --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A tensor as [batch, lanes, size], or [batch, size, lanes] in columns, the transform's padding in `padded`."""
-
-    batch: int
-    lanes: int
-    size: int
-    padded: int
-    columns: bool
-
-
-def _ceil(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _padded(size: int, pad: int) -> int:
-    return _ceil(size, pad) * pad if pad else size
-
-
-def _transformed(shape: Sequence[int], axis: int, pad: int) -> list[int]:
-    """The shape that a Hadamard transform along `axis` leaves."""
-    return [*shape[:axis], _padded(shape[axis], pad), *shape[axis + 1 :]]
-
-
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool) -> Geometry:
-    """See a contiguous tensor as lanes along `axis`.
-
-    Args:
-        run: elements that belong together; lanes of whole runs are cut into them.
-        pad: the Hadamard size, or 0.
-    """
-    size, inner = shape[axis], math.prod(shape[axis + 1 :])
-    padded = _padded(size, pad)
-    if inner > 1 or (block_2d and axis == len(shape) - 2):
-        return Geometry(math.prod(shape[:axis]), inner, size, padded, True)
-    if block_2d:
-        return Geometry(math.prod(shape[: axis - 1]), shape[axis - 1], size, padded, False)
-    lanes = math.prod(shape[:axis])
-    if size % run == 0:
-        return Geometry(1, lanes * (size // run), run, run, False)
-    return Geometry(1, lanes, size, padded, False)
-
-
-def _columns(hadamard: int) -> Tile:
-    return LONG_COLUMNS if hadamard >= _LONG else COLUMNS
-
-
-def _tile(g: Geometry, scaling: str, run: int, edge: int, hadamard: int) -> tuple[int, dict[str, Any], int]:
-    """(programs, constants, warps) of a launch over `g` in tiles of whole runs."""
-    tile = _columns(hadamard) if g.columns else ROWS[scaling]
-    k = run if not g.columns and g.padded == run else max(run, tile.least)
-    wanted = max(tile.elements // k, 1)
-    lanes = max(min(wanted, _power_of_two(g.lanes)), edge or 1, 8)
-    grid = g.batch * _ceil(g.lanes, lanes) * _ceil(g.padded, k)
-    constants = {
-        "L": lanes,
-        "K": k,
-        "LOW": min(tile.low, k),
-        "COLUMNS": g.columns,
-        "EVEN": g.lanes % lanes == 0 and g.size % k == 0,
-        "WIDE": g.batch * (g.lanes + lanes) * (g.padded + k) >= 2**31,
-    }
-    return grid, constants, max(min(lanes * k // tile.per_warp, 8), 1)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.detach().contiguous()
-
-
-def _words(codes: Tensor) -> Tensor:
-    """Packed codes as 32-bit words of eight."""
-    return codes.view(torch.int32) if codes.numel() else codes
-
-
-# --- the ops ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _quantizing(
-    kernel: str,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    format: str,
-    axis: int,
-    rounding: str,
-    scale_rule: str | None,
-    block_2d: bool,
-    hadamard: int,
-    own: tuple[tuple[str, Any], ...],
-) -> Launch:
-    """What calls of `fake_quantize` or `quantize` with one shape share.
-
-    Args:
-        dtype: what the decoded values must fit.
-        own: constants of that kernel alone.
-    """
-    arguments, constants = _rounding(format, scale_rule, rounding, dtype)
-    block = constants["BLOCK"]
-    edge, run_length = block if block_2d else 0, max(block, hadamard)
-    g = geometry(shape, axis, run_length, hadamard, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, hadamard)
-    sizes = {"lanes": g.lanes, "size": g.size, "padded": g.padded}
-    aligned = (g.lanes if g.columns else g.padded) % 4 == 0
-    all_constants = {**constants, **_transform(hadamard), **tile, "EDGE": edge, "ALIGNED": aligned, **dict(own)}
-    return Launch(kernel, grid, {**arguments, **sizes, "sign_stream": SIGN_STREAM}, all_constants, warps)
-
-
-def _producing(shape: Sequence[int], producer: str) -> dict[str, Any]:
-    """The constants of a producer; rows are found by a division, which is cheap by a constant."""
-    return {"PRODUCE": produce.function(producer), "WIDTH": shape[-1] if producer else 0}
-
-
-def contiguously(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The operands of a producer beside x, None for those that it lacks."""
-    given = {name: operands.get(name) for name in _POINTERS}
-    return {name: None if x is None else _contiguous(x) for name, x in given.items()}
-
-
-def _inputs(
-    x: Tensor, tensor_scale: Tensor | None, seed: Tensor | None, stream: int, sign_seed: Tensor | None
-) -> dict[str, Any]:
-    return {
-        "x_ptr": x,
-        "ts_ptr": tensor_scale,
-        "seed_ptr": seed,
-        "counter_stream": _signed(stream),
-        "sign_seed_ptr": sign_seed,
-    }
-
-
-def plan_fake_quantize(
-    x: Tensor,
-    format: str,
-    axis: int,
-    rounding: str,
-    scale_rule: str | None,
-    block_2d: bool,
-    tensor_scale: Tensor | None,
-    seed: Tensor | None,
-    stream: int,
-    hadamard: int,
-    sign_seed: Tensor | None,
-    fold: bool,
-    producer: str = "",
-    **operands: Tensor | None,
-) -> tuple[Launch, dict[str, Any], Tensor]:
-    """The launch of the op `fake_quantize` on a contiguous x, the arguments of this call, and its result."""
-    axis %= x.dim()
-    own = (("FOLD", fold and tensor_scale is not None), *_producing(x.shape, producer).items())
-    dtype = parse(producer).dtype if producer else x.dtype
-    launch = _quantizing("fake_quantize", x.shape, dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
-    y = x.new_empty(_transformed(x.shape, axis, hadamard), dtype=dtype)
-    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **contiguously(operands), "y_ptr": y}, y
-
-
-def plan_quantize(
-    x: Tensor,
-    format: str,
-    axis: int,
-    rounding: str,
-    scale_rule: str | None,
-    block_2d: bool,
-    tensor_scale: Tensor | None,
-    seed: Tensor | None,
-    stream: int,
-    hadamard: int,
-    sign_seed: Tensor | None,
-    dtype: torch.dtype | None,
-) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]]:
-    """The launch of the op `quantize` on a contiguous x, the arguments of this call, and its results."""
-    axis, fmt = axis % x.dim(), FORMATS[format]
-    own = (("NAN", SCALINGS[fmt.levels[0].dtype].nan),)
-    launch = _quantizing(
-        "quantize", x.shape, dtype or x.dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own
-    )
-    shape = [*x.shape[:axis], *x.shape[axis + 1 :]]
-    blocks = _ceil(_padded(x.shape[axis], hadamard), fmt.block)
-    codes = x.new_empty([*shape, blocks * fmt.block // 2], dtype=torch.uint8)
-    if block_2d:
-        shape[-1] = _ceil(shape[-1], fmt.block)
-    scales = x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
-    results = {"codes_ptr": _words(codes), "scales_ptr": scales}
-    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results}, (codes, scales)
-
-
-@lru_cache(maxsize=4096)
-def _decoding(shape: torch.Size, format: str, axis: int, size: int, block_2d: bool) -> Launch:
-    """What calls of `dequantize` share; `shape` is that of the codes."""
-    constants = _format_constants(format)
-    block = constants["BLOCK"]
-    edge = block if block_2d else 0
-    # Codes may hold more blocks than `size` needs: only then lanes keep their length.
-    whole = shape[-1] * 2 == size
-    g = geometry(_decoded(shape, axis, size), axis, block if whole else 2 * shape[-1] + 1, 0, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], block, edge, 0)
-    blocks = 1 if not g.columns and g.size == block and whole and not block_2d else shape[-1] * 2 // block
-    arguments = {"lanes": g.lanes, "size": g.size, "blocks": blocks}
-    return Launch("dequantize", grid, arguments, {**constants, **tile, "EDGE": edge}, warps)
-
-
-def _decoded(shape: Sequence[int], axis: int, size: int) -> list[int]:
-    """The shape of the values of codes, whose blocked axis is the last one."""
-    decoded = list(shape[:-1])
-    decoded.insert(axis, size)
-    return decoded
-
-
-def plan_dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor | None,
-    format: str,
-    axis: int,
-    size: int,
-    block_2d: bool,
-    dtype: torch.dtype,
-) -> tuple[Launch, dict[str, Any], Tensor]:
-    """The launch of the op `dequantize` on contiguous codes and scales, the arguments of this call, and its result."""
-    axis %= codes.dim()
-    y = codes.new_empty(_decoded(codes.shape, axis, size), dtype=dtype)
-    launch = _decoding(codes.shape, format, axis, size, block_2d)
-    return launch, {"codes_ptr": _words(codes), "scales_ptr": scales, "y_ptr": y, "ts_ptr": tensor_scale}, y
-
-
-@lru_cache(maxsize=4096)
-def _scaling(shape: torch.Size, format: str, axis: int, hadamard: int, producer: str) -> tuple[Launch, Launch]:
-    """What calls of `tensor_scale` share: the maxima of all tiles, then of those."""
-    fmt = FORMATS[format]
-    if hadamard or producer:
-        length = hadamard or _EDGE  # rows are cut into runs: where a run lies is known per run, not per element
-        g = geometry(shape, axis if hadamard else len(shape) - 1, length, hadamard, False)
-        grid, tile, warps = _tile(g, fmt.levels[0].dtype, length, 0, hadamard)
-    else:
-        n = math.prod(shape)
-        g = Geometry(1, 1, n, n, False)
-        grid, warps = _ceil(n, _FLAT), 8
-        wide = n + _FLAT >= 2**31
-        tile = {"L": 1, "K": _FLAT, "LOW": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
-    arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
-    constants = {"TOP": E4M3_MAX * fmt.element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
-    return (
-        Launch("amax", grid, arguments, {**_transform(hadamard), **tile, **_producing(shape, producer)}, warps),
-        Launch("tensor_scale", 1, {"count": grid}, constants, 8),
-    )
-
-
-def plan_tensor_scale(
-    x: Tensor,
-    format: str,
-    axis: int,
-    hadamard: int,
-    sign_seed: Tensor | None,
-    producer: str = "",
-    **operands: Tensor | None,
-) -> tuple[list[tuple[Launch, dict[str, Any]]], Tensor]:
-    """The two launches of the op `tensor_scale` on a contiguous x with their arguments, and its result."""
-    amax, last = _scaling(x.shape, format, axis % x.dim(), hadamard, producer)
-    y, partial = x.new_empty((), dtype=torch.float32), x.new_empty((amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **contiguously(operands)}
-    return [(amax, given), (last, {"partial_ptr": partial, "y_ptr": y})], y
-
-
-@lru_cache(maxsize=4096)
-def _quantizing_both(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    format: str,
-    scale_rule: str | None,
-    hadamard: tuple[int, ...],
-    block_2d: tuple[bool, ...],
-    fold: bool,
-    producer: str,
-) -> Launch | None:
-    """What calls of `fake_quantize_both` share; None where the matrix is not made of whole tiles."""
-    arguments, constants = map(dict, _rounding(format, scale_rule, "nearest", dtype))
-    block = constants["BLOCK"]
-    edge = max(_EDGE, block)
-    rows, columns = shape
-    if rows % edge or columns % edge:
-        return None
-    del constants["STOCHASTIC"]
-    for axis in (0, 1):
-        own = {**_transform(hadamard[axis]), "EDGE": block if block_2d[axis] else 0}
-        constants |= {f"{name}_{axis}": value for name, value in own.items()}
-    constants |= {"ROWS": edge, "COLUMNS": edge, "LOW": COLUMNS.low, "FOLD": fold, "WIDE": rows * columns >= 2**31}
-    constants["PRODUCE"] = produce.function(producer)
-    arguments |= {"rows": rows, "columns": columns, "sign_stream": SIGN_STREAM}
-    grid = rows // edge * (columns // edge)
-    return Launch("fake_quantize_both", grid, arguments, constants, min(edge * edge // COLUMNS.per_warp, 8))
-
-
-def arithmetic_bounds(rounding: Sequence[str], hadamard: Sequence[int]) -> bool:
-    """Whether quantisation along both axes takes longer than its memory: reading x once would gain nothing then, and
-    the larger program is slower than two."""
-    return "stochastic" in rounding or max(hadamard) >= _LONG
-
-
-def plan_fake_quantize_both(
-    x: Tensor,
-    format: str,
-    scale_rule: str | None,
-    rounding: Sequence[str],
-    hadamard: Sequence[int],
-    block_2d: Sequence[bool],
-    tensor_scale_0: Tensor | None,
-    tensor_scale_1: Tensor | None,
-    sign_seed: Tensor | None,
-    fold: bool,
-    producer: str = "",
-    **operands: Tensor | None,
-) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]] | None:
-    """One launch of the op `fake_quantize_both` on a contiguous x, the arguments of this call, and its results.
-
-    None where two launches do it: for ragged matrices, a tensor scale along one axis only, and where arithmetic bounds
-    them.
-    """
-    unlike = (tensor_scale_0 is None) != (tensor_scale_1 is None)
-    if unlike or arithmetic_bounds(rounding, hadamard):
-        return None
-    folded = fold and tensor_scale_0 is not None
-    dtype = parse(producer).dtype if producer else x.dtype
-    launch = _quantizing_both(x.shape, dtype, format, scale_rule, tuple(hadamard), tuple(block_2d), folded, producer)
-    if launch is None:
-        return None
-    results = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
-    given = {
-        "x_ptr": x,
-        "y_0_ptr": results[0],
-        "y_1_ptr": results[1],
-        "ts_0_ptr": tensor_scale_0,
-        "ts_1_ptr": tensor_scale_1,
-        "sign_seed_ptr": sign_seed,
-        **contiguously(operands),
-    }
-    return launch, given, results
-
-
-def fake_quantize(x: Tensor, **arguments: Any) -> Tensor:
-    """The op `fake_quantize`."""
-    launch, given, y = plan_fake_quantize(_contiguous(x), **arguments)
-    if y.numel():
-        run(launch, given, x.device)
-    return y
-
-
-def fake_quantize_both(
-    x: Tensor,
-    format: str,
-    scale_rule: str | None,
-    rounding: Sequence[str],
-    stream: Sequence[int],
-    hadamard: Sequence[int],
-    block_2d: Sequence[bool],
-    tensor_scale_0: Tensor | None,
-    tensor_scale_1: Tensor | None,
-    seed: Tensor | None,
-    sign_seed: Tensor | None,
-    fold: bool,
-    producer: str,
-    **operands: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op `fake_quantize_both`, in one launch or two."""
-    x = _contiguous(x)
-    scales = tensor_scale_0, tensor_scale_1
-    planned = plan_fake_quantize_both(
-        x, format, scale_rule, rounding, hadamard, block_2d, *scales, sign_seed, fold, producer, **operands
-    )
-    if planned is not None and x.numel():
-        launch, given, results = planned
-        run(launch, given, x.device)
-        return results
-    first, second = (
-        fake_quantize(
-            x,
-            format=format,
-            axis=axis,
-            rounding=rounding[axis],
-            scale_rule=scale_rule,
-            block_2d=block_2d[axis],
-            tensor_scale=scales[axis],
-            seed=seed,
-            stream=stream[axis],
-            hadamard=hadamard[axis],
-            sign_seed=sign_seed,
-            fold=fold,
-            producer=producer,
-            **operands,
-        )
-        for axis in (0, 1)
-    )
-    return first, second
-
-
-def quantize(x: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `quantize`."""
-    launch, given, results = plan_quantize(_contiguous(x), **arguments)
-    if results[0].numel():
-        run(launch, given, x.device)
-    return results
-
-
-def dequantize(codes: Tensor, scales: Tensor, **arguments: Any) -> Tensor:
-    """The op `dequantize`."""
-    launch, given, y = plan_dequantize(_contiguous(codes), _contiguous(scales), **arguments)
-    if y.numel():
-        run(launch, given, codes.device)
-    return y
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in the order of its memory where it fills that without gaps, else a copy: order plays no part in a maximum."""
-    if x.is_contiguous():
-        return x
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return _contiguous(x.permute(order))
-
-
-def tensor_scale(x: Tensor, hadamard: int, producer: str, **arguments: Any) -> Tensor:
-    """The op `tensor_scale`."""
-    if not x.numel():
-        return torch.ones((), dtype=torch.float32, device=x.device)
-    x = _contiguous(x) if hadamard or producer else _dense(x)
-    launches, y = plan_tensor_scale(x, hadamard=hadamard, producer=producer, **arguments)
-    for launch, given in launches:
-        run(launch, given, x.device)
-    return y
+def signed(word: int) -> int:
+    """A 32-bit word as a signed integer."""
+    return (word + 2**31) % 2**32 - 2**31

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
 
+from fp4compile.backends.triton.launch import ceil_div
 from fp4compile.formats import E2M1, FORMATS, Format
 
 LEAST_CAPABILITY = (10, 0)
@@ -58,7 +59,7 @@ def sizes(arguments: Mapping[str, Any]) -> str | None:
 
 def swizzled(scales: Tensor) -> Tensor:
     """Scales [rows, blocks] of one byte, zero-padded to whole tiles, in the order that the tensor cores read."""
-    rows, blocks = (-(-size // tile) for size, tile in zip(scales.shape, _TILE, strict=True))
+    rows, blocks = (ceil_div(size, tile) for size, tile in zip(scales.shape, _TILE, strict=True))
     whole = pad(scales, (0, blocks * _TILE[1] - scales.shape[1], 0, rows * _TILE[0] - scales.shape[0]))
     return whole.view(rows, 4, 32, blocks, 4).permute(0, 3, 2, 1, 4).reshape(-1)
 
@@ -87,7 +88,7 @@ def mm(
     if a_tensor_scale is None and b_tensor_scale is None:
         y: Tensor = torch._scaled_mm(left, right, of_a, of_b, out_dtype=dtype)
     else:
-        one = torch.ones((), device=a.device)
+        one = torch.ones((), dtype=torch.float32, device=a.device)
         recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
         order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
         y = scaled_mm(

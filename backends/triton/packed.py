@@ -1,453 +1,418 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
-"""Triton kernels of `mm` on a packed weight: 4-bit codes become bf16 operands of the tensor cores in registers.
+"""From a call of `mm` on a packed weight to launches: how the GEMM is cut, and where its parts of sums lie.
 
-    y[m, n] = sum over k of x[m, k] * w[n, k]      codes [N, K/2] as 32-bit words of eight, scales [N, K/block]
+    mm(a [..., K], codes [N, K/2], b_scales, b_format="hif4")
+        1 … 16 tokens      ->  few_tokens
+        17 … 511           ->  arrange, many_tokens
+        more, or not bf16  ->  dequantize, a dense GEMM
 
-The weight is the left operand and x the right one, so that a few tokens fill the narrow side of the instruction. The
-order of a contraction is free. A thread holds whole words, and each step takes the same pairs of elements from the
-words of four neighbouring threads: codes go from memory to the tensor cores without being exchanged, and x is taken
-in the same order. A pair costs one permutation of bytes, one mask and one product:
-
-    bytes of a word  [.. b1 b0]  ->  [b0 b0 | b0 << 4 twice]  ->  sign and magnitude of two bf16 numbers  ->  * scale
-
-S1P2 magnitudes are read as bf16 subnormals, E2M1 codes as bf16 numbers of the same fields; the factor that is missing
-goes into the scale or, where a scale would overflow, into the accumulator. Every operand is exact in bf16 and sums
-are fp32. Nothing reads a format's name.
-
-Layouts of registers are moved through a load and no further back: what is computed per word reads its own index from
-a load, too.
+Past 511 tokens the weight is decoded once instead of in every tile. Where exactly the two cross was not measured.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Literal
 
-# Two elements of a word at a time, $1 the word, $2 the factor twice as bf16. bf16x2 products exist from sm_90 on, the
-# fused form with -0 everywhere.
-_SPLIT = tl.constexpr("{.reg .b32 q, p, t, z; mov.b32 z, 0x80008000; shl.b32 q, $1, 4; prmt.b32 p, q, $1, ")
-_EVEN = tl.constexpr("; and.b32 p, p, 0x80708070; fma.rn.bf16x2 $0, p, $2, z;}")
-_E2M1 = tl.constexpr("; shl.b32 t, p, 2; and.b32 t, t, 0x01C001C0; and.b32 p, p, z; or.b32 p, p, t; ")
-_ONE = tl.constexpr("fma.rn.bf16x2 $0, p, $2, z;}")
-_TWO = tl.constexpr("mov.b32 t, 0x7E807E80; fma.rn.bf16x2 p, p, t, z; fma.rn.bf16x2 $0, p, $2, z;}")
+import torch
+from torch import Tensor
 
+from fp4compile.backend import No
+from fp4compile.backends.triton import codec
+from fp4compile.backends.triton.launch import capturing, ceil_div, current, kernels, lasting_zeros, round_up
+from fp4compile.formats import E2M1, FORMATS, S1P2
 
-@triton.jit
-def _float(bf16):
-    """The number whose bf16 bits are the low half."""
-    return (bf16 << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _element(words, factor, AT: tl.constexpr, ELEMENT: tl.constexpr, SCALING: tl.constexpr):
-    """Element AT of each word in plain arithmetic: what `_pair` computes."""
-    code = words >> (4 * AT)
-    if ELEMENT == "e2m1":
-        value = _float(((code & 8) << 12) | ((code & 7) << 6))
-        if SCALING == "e8m0":
-            value *= 2.0**126
-    else:
-        value = _float(((code & 8) << 12) | ((code & 7) << 4))
-    return value * _float(factor)
+_KERNELS = "packed_kernels"
+MOST_TOKENS = 511  # of the kernels that read codes
+_RUN = 64  # columns that `arrange` reorders together
+# The rows of `arrange` and its columns per program: a few microseconds at most, nothing to tune.
+_ARRANGE = {"ROWS": 4, "BK": 512}
 
 
-@triton.jit
-def _pair(words, factor, J: tl.constexpr, ELEMENT: tl.constexpr, SCALING: tl.constexpr, PLAIN: tl.constexpr):
-    """Elements 2 J and 2 J + 1 of each word, times the factor."""
-    if PLAIN:
-        first = _element(words, factor, 2 * J, ELEMENT, SCALING)
-        second = _element(words, factor, 2 * J + 1, ELEMENT, SCALING)
-    else:
-        SELECT: tl.constexpr = ("0x4400", "0x5511", "0x6622", "0x7733")[J]
-        SCALED: tl.constexpr = _TWO if SCALING == "e8m0" else _ONE
-        CODE: tl.constexpr = _SPLIT + SELECT + (_E2M1 + SCALED if ELEMENT == "e2m1" else _EVEN)
-        pair = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, factor], tl.int32, is_pure=True, pack=1)
-        first = pair.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        second = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return first, second
+@dataclass(frozen=True)
+class Cut:
+    """How a GEMM is cut into programs.
 
-
-@triton.jit
-def _quad(words, factor, C: tl.constexpr, ELEMENT: tl.constexpr, SCALING: tl.constexpr, PLAIN: tl.constexpr):
-    """Elements 4 C … 4 C + 3 of each word: [...] -> [..., 2, 2]."""
-    a, b = _pair(words, factor, 2 * C, ELEMENT, SCALING, PLAIN)
-    c, d = _pair(words, factor, 2 * C + 1, ELEMENT, SCALING, PLAIN)
-    return tl.join(tl.join(a, c), tl.join(b, d))
-
-
-# --- scales ----------------------------------------------------------------------------------------------------------
-# Factors are bf16 numbers, twice in 32 bits: the scale times a power of two, which `FACTOR` takes back from the sums.
-
-
-# base + (bits & mask) * times, in two instructions: of a product with one bit the compiler would make a choice.
-_ADD = tl.constexpr("{.reg .b32 t; and.b32 t, $2, ")
-_ADD_1 = tl.constexpr(_ADD + "1; mad.lo.u32 $0, t, 0x00800080, $1;}")
-_ADD_2 = tl.constexpr(_ADD + "2; mad.lo.u32 $0, t, 0x00400040, $1;}")
-_ADD_16 = tl.constexpr(_ADD + "16; mad.lo.u32 $0, t, 0x00080008, $1;}")
-
-
-@triton.jit
-def _doubled(factor, bits, BIT: tl.constexpr, PLAIN: tl.constexpr):
-    """The factor, times two where bit number BIT is set."""
-    if PLAIN:
-        return factor + ((bits >> BIT) & 1) * 0x00800080
-    else:
-        CODE: tl.constexpr = _ADD_1 if BIT == 0 else _ADD_2 if BIT == 1 else _ADD_16
-        return tl.inline_asm_elementwise(CODE, "=r,r,r", [factor, bits], tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _e6m2(stored, at, ROWS: tl.constexpr, NB: tl.constexpr, PLAIN: tl.constexpr):
-    """Scale words [ROWS, NB] -> factors of the first and the second half of each code word, [ROWS, NB * 8].
-
-    2**110 times the scale: a level-2 group is a word, a level-3 group half of one. Words i and i + 4 of a block, which
-    one thread holds, share a shift by `at`, i = 0 … 3.
+    Attributes:
+        kernel: of `packed_kernels`.
+        rows: outputs per warp (`few_tokens`) or per program (`many_tokens`).
+        tokens: tokens per program, those that fill up an instruction counted.
+        k: elements of K per step, stages: steps in flight.
+        warps: of a program; `slices` of them share its part of K, the others its outputs.
+        parts: of K, each a program's.
     """
-    byte = stored & 0xFF
-    base = tl.where(byte == 0xFF, 0x7FC07FC0, byte * 0x00200020 + 0x5E805E80)[:, :, None]
-    stored = stored[:, :, None]
-    second, third, third_4 = stored >> (8 + at), stored >> (16 + 2 * at), stored >> (24 + 2 * at)
-    low, high = _doubled(base, second, 0, PLAIN), _doubled(base, second, 4, PLAIN)
-    left = tl.join(_doubled(low, third, 0, PLAIN), _doubled(high, third_4, 0, PLAIN))
-    right = tl.join(_doubled(low, third, 1, PLAIN), _doubled(high, third_4, 1, PLAIN))
-    left = tl.permute(left, (0, 1, 3, 2)).reshape([ROWS, NB * 8])
-    return left, tl.permute(right, (0, 1, 3, 2)).reshape([ROWS, NB * 8])
+
+    kernel: Literal["few_tokens", "many_tokens"]
+    rows: int
+    tokens: int
+    k: int
+    stages: int
+    warps: int = 4
+    slices: int = 1
+    parts: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """Outputs per program."""
+        return self.rows * (self.warps // self.slices if self.kernel == "few_tokens" else 1)
+
+    @property
+    def tile(self) -> int:
+        """Elements of a program's result."""
+        return self.outputs * self.tokens
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the codes, scales and tokens of all stages take at most."""
+        rows = self.rows * (self.warps if self.kernel == "few_tokens" else 1)
+        return self.stages * self.k * (rows * 5 // 8 + self.slices * self.tokens * 2)
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        """Programs along outputs and tokens, in the order in which they share more, and parts."""
+        outputs, tokens = ceil_div(n, self.outputs), ceil_div(m, self.tokens)
+        return (outputs, tokens, self.parts) if self.kernel == "few_tokens" else (tokens, outputs, self.parts)
+
+    def steps(self, columns: int) -> tuple[int, bool]:
+        """Steps of each slice over so many columns, and whether the slices are all full."""
+        run = self.k * self.slices * self.parts
+        return ceil_div(columns, run), columns % run == 0
 
 
-@triton.jit
-def _e8m0(stored):
-    """2**k twice, subnormal at the least k."""
-    return tl.where(stored == 0xFF, 0x7FC07FC0, tl.maximum(stored * 0x00800080, 0x00400040))
+def _few(rows: int, tokens: int, stages: int, slices: int) -> Cut:
+    return Cut("few_tokens", rows, tokens, 256, stages, slices=slices)
 
 
-# The fields of E4M3 moved into those of bf16, then the difference of the biases: * 2**120 * 2**118.
-_E4M3 = tl.constexpr(
-    "{.reg .b32 t, s, z; mov.b32 z, 0x80008000; and.b32 t, $1, 0x7F; mul.lo.u32 t, t, 0x00100010; "
-    "mul.lo.u32 s, $1, 0x01000100; and.b32 s, s, z; or.b32 t, t, s; mov.b32 s, 0x7B807B80; "
-    "fma.rn.bf16x2 t, t, s, z; mov.b32 s, 0x7A807A80; fma.rn.bf16x2 $0, t, s, z;}"
-)
+def _many(rows: int, tokens: int, k: int, stages: int, warps: int = 4, parts: int = 1) -> Cut:
+    return Cut("many_tokens", rows, tokens, k, stages, warps, parts=parts)
 
 
-@triton.jit
-def _e4m3(stored, PLAIN: tl.constexpr):
-    """2**118 times the scale, twice."""
-    if PLAIN:
-        value = _float(((stored & 0x80) << 8) | ((stored & 0x7F) << 4)) * 2.0**120 * 2.0**118
-        bits = (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
-        bits = bits | (bits << 16)
-    else:
-        bits = tl.inline_asm_elementwise(_E4M3, "=r,r", [stored], tl.int32, is_pure=True, pack=1)
-    return tl.where((stored & 0x7F) == 0x7F, 0x7FC07FC0, bits)
+# By the largest number of tokens: cuts, each with the programs per multiprocessor from which on it is taken; the first
+# one that has as many and finds room in shared memory. Chosen by measurement on H100; benchmarks/NOTES.md holds the
+# figures.
+CUTS: Mapping[int, tuple[tuple[float, Cut], ...]] = {
+    1: ((2.5, _few(16, 8, 3, 1)), (2.5, _few(16, 8, 3, 4)), (0.0, _few(16, 8, 5, 4)), (0.0, _few(16, 8, 3, 4))),
+    8: ((2.5, _few(16, 8, 3, 1)), (0.0, _few(16, 8, 3, 4))),
+    16: ((1.5, _few(32, 16, 3, 1)), (0.7, _few(16, 16, 4, 1)), (0.0, _few(16, 16, 4, 2)), (0.0, _few(16, 16, 4, 1))),
+    32: ((2.5, _many(64, 32, 128, 4)), (0.0, _many(64, 32, 128, 4, parts=4))),
+    64: (
+        (1.5, _many(128, 64, 64, 4)),
+        (1.5, _many(128, 64, 128, 3, warps=8)),
+        (2.5, _many(64, 64, 128, 3, parts=4)),
+        (0.0, _many(64, 64, 128, 4, parts=4)),
+    ),
+    MOST_TOKENS: (
+        (1.5, _many(128, 128, 64, 4, warps=8)),
+        (1.5, _many(128, 128, 128, 3, warps=8)),
+        (2.5, _many(64, 128, 64, 4, parts=2)),
+        (0.0, _many(64, 128, 128, 3, parts=2)),
+    ),
+}
 
 
-@triton.jit
-def _factors(
-    stored,
-    at,
-    ROWS: tl.constexpr,
-    BK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    SCALING: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
-    """Scales [ROWS, BK // UNIT] as they are loaded -> factors of both halves of each code word, [ROWS, BK // 8].
+def bucket(m: int) -> int:
+    """The row of `CUTS` for m tokens."""
+    return next(most for most in CUTS if m <= most)
 
-    UNIT: elements under what is loaded at once: one scale, or four bytes of them in a word.
+
+def cuts(m: int, format: str) -> tuple[tuple[float, Cut], ...]:
+    """The row of `CUTS` for m tokens, without cuts that load under four bytes of scales: these could not run ahead."""
+    fmt = FORMATS[format]
+    return tuple(row for row in CUTS[bucket(m)] if row[1].k // fmt.block * fmt.scale_dtype.itemsize >= 4)
+
+
+def default(m: int, n: int, format: str, multiprocessors: int, shared: int) -> Cut | None:
+    """The first cut of the table that has enough programs for so many multiprocessors, of so much shared memory."""
+    enough = (
+        cut
+        for least, cut in cuts(m, format)
+        if math.prod(cut.grid(m, n)) >= least * multiprocessors and cut.shared <= shared
+    )
+    return next(enough, None)
+
+
+# --- constants of a format -------------------------------------------------------------------------------------------
+
+# What `packed_kernels` leaves out of its factors, by element and scaling, as a power of two.
+_LEFT_OUT = {("even", "e6m2"): 17, ("e2m1", "e4m3"): 8, ("e2m1", "e8m0"): 0}
+
+
+@cache
+def known(format: str) -> dict[str, Any] | No:
+    """The constants of the kernels that the format's row decides, or why none reads it."""
+    fmt, constants = FORMATS[format], codec.known(format)
+    if isinstance(constants, No):
+        return constants
+    left_out = _LEFT_OUT.get((constants["ELEMENT"], constants["SCALING"]))
+    magnitudes = (E2M1.magnitudes, S1P2.magnitudes)
+    if left_out is None or fmt.block not in (16, 32, 64) or fmt.element.magnitudes not in magnitudes:
+        return No(f"the packed GEMM reads S1P2 under E6M2 and E2M1 under E8M0 or E4M3, not format {format}")
+    return {
+        "BLOCK": fmt.block,
+        "SCALING": constants["SCALING"],
+        "ELEMENT": constants["ELEMENT"],
+        "FACTOR": 2.0**left_out,
+    }
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+class _Counts:
+    """Zeros in device memory that programs count parts of a tile in; each launch leaves zeros behind.
+
+    Launches that may run at the same time must not share them. Those of one stream follow each other; a captured
+    one is replayed whenever its graph is, so that it keeps counts of its own.
     """
-    if SCALING == "e6m2":
-        return _e6m2(stored, at, ROWS, BK // UNIT, PLAIN)
-    else:
-        NB: tl.constexpr = BK // BLOCK
-        if UNIT > BLOCK:
-            stored = ((stored[:, :, None] >> (8 * at)) & 0xFF).reshape([ROWS, NB])
-        stored = stored.to(tl.int32)
-        factor = _e8m0(stored) if SCALING == "e8m0" else _e4m3(stored, PLAIN)
-        factor = tl.broadcast_to(factor[:, :, None], [ROWS, NB, BLOCK // 8]).reshape([ROWS, BK // 8])
-        return factor, factor
+
+    SIZE = 1 << 21
+    LEAST = 1 << 12
+
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = lasting_zeros(self.SIZE, torch.int32, device)
+        self._lock, self._taken = threading.Lock(), 0
+        self._of_stream: dict[int, Tensor] = {}
+
+    def _take(self, size: int) -> Tensor | None:
+        with self._lock:
+            start, end = self._taken, self._taken + size
+            if end > self.SIZE:
+                return None
+            self._taken = end
+        return self._zeros[start:end]
+
+    def of(self, stream: int, size: int, capturing: bool) -> Tensor | None:
+        """Zeros for a launch, or None where none are left."""
+        if capturing:
+            return self._take(size)
+        found = self._of_stream.get(stream)
+        if found is None or found.numel() < size:
+            found = self._take(max(size, self.LEAST))
+            if found is not None:
+                self._of_stream[stream] = found
+        return found
 
 
-@triton.jit
-def _loaded(pointer, never, SIZE: tl.constexpr):
-    """0, 1, … from a load that reads no memory: the compiler moves a layout back to loads, not to a range."""
-    at = tl.arange(0, SIZE)
-    return tl.load(pointer + at, mask=at < never, other=at)
+_COUNTS: dict[torch.device, _Counts] = {}
 
 
-# --- results ---------------------------------------------------------------------------------------------------------
+def counts(device: torch.device, size: int) -> Tensor:
+    """Zeros that no other launch uses at the same time."""
+    if device.type != "cuda":
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    captured, found = capturing(device), None
+    if device not in _COUNTS and not captured:
+        _COUNTS.setdefault(device, _Counts(device))  # whichever thread is first: graphs may hold parts of it
+    if device in _COUNTS:
+        found = _COUNTS[device].of(torch.cuda.current_stream(device).cuda_stream, size, captured)
+    return torch.zeros(size, dtype=torch.int32, device=device) if found is None else found
 
 
-@triton.jit
-def _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR: tl.constexpr):
-    """Scale sums [n, m], add the bias and store them to y [M, N]."""
-    acc *= FACTOR
-    if a_ts_ptr is not None:
-        acc *= tl.load(a_ts_ptr)
-    if b_ts_ptr is not None:
-        acc *= tl.load(b_ts_ptr)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, n < N, 0.0).to(tl.float32)[:, None]
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), inside)
+# --- launches --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _finish(
-    acc,
-    m,
-    n,
-    M,
-    N,
-    y_ptr,
-    bias_ptr,
-    a_ts_ptr,
-    b_ts_ptr,
-    partial_ptr,
-    counts_ptr,
-    ROWS: tl.constexpr,
-    BM: tl.constexpr,
-    PARTS: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    """Write a tile. Of several parts of K, the program that is done last adds all of them, always in the same order.
+@dataclass(frozen=True)
+class Plan:
+    """What calls of one shape share: a cut, the kernel's constants, whether launches overlap.
 
-    Counts are zero before and after: the last program leaves them so for the next launch.
+    Attributes:
+        columns: of x as the kernel reads it.
+        steps: of each slice of K.
+        overlap: whether the GEMM may start before `arrange` is done (sm_90).
     """
-    if PARTS == 1:
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR)
-    else:
-        tiles = tl.num_programs(0) * tl.num_programs(1)
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        at = (
-            partial_ptr + tile.to(tl.int64) * (ROWS * BM) + tl.arange(0, ROWS)[:, None] * BM + tl.arange(0, BM)[None, :]
-        )
-        stride = tiles.to(tl.int64) * (ROWS * BM)
-        tl.store(at + tl.program_id(2) * stride, acc)
-        tl.debug_barrier()  # every thread's part is stored before one thread counts it
-        if tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") == PARTS - 1:
-            acc = tl.load(at, cache_modifier=".cg")
-            for part in tl.static_range(1, PARTS):
-                acc += tl.load(at + part * stride, cache_modifier=".cg")
-            _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR)
-            tl.store(counts_ptr + tile, 0)
+
+    cut: Cut
+    constants: Mapping[str, Any]
+    columns: int
+    steps: int
+    overlap: bool
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+def plan(cut: Cut, m: int, k: int, format: str, block_2d: bool, overlap: bool, plain: bool) -> Plan:
+    """The plan of a GEMM of m tokens over k columns, cut as given.
 
-
-# The order of a contraction on registers: a pair of each of four neighbouring words, which lie in four threads, beside
-# the next pair of the same words; then the other half of the words. A thread's pairs then lie where mma.sync reads
-# them. How far apart a thread's elements lie follows from the narrowest type that is loaded: 8 bits for scales alone.
-
-
-@triton.jit
-def _ordered_left(w, ROWS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr):
-    """[ROWS, COLS, word, j % 2, element of a pair, j // 2] -> [ROWS, COLS, BK]."""
-    if BYTES:
-        w = tl.permute(w.reshape([ROWS, COLS, BK // 64, 2, 4, 2, 2, 2]), (0, 1, 2, 5, 4, 3, 7, 6))
-    else:
-        w = tl.permute(w.reshape([ROWS, COLS, BK // 32, 4, 2, 2, 2]), (0, 1, 2, 4, 3, 6, 5))
-    return w.reshape([ROWS, COLS, BK])
-
-
-@triton.jit
-def _ordered_right(x, ROWS: tl.constexpr, TOKENS: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr):
-    """[ROWS, run of 32, TOKENS, 32] -> [ROWS, BK, TOKENS]."""
-    if BYTES:
-        x = tl.permute(x.reshape([ROWS, BK // 64, 2, TOKENS, 4, 2, 2, 2]), (0, 1, 6, 4, 2, 5, 7, 3))
-    else:
-        x = tl.permute(x.reshape([ROWS, BK // 32, TOKENS, 4, 2, 2, 2]), (0, 1, 5, 3, 4, 6, 2))
-    return x.reshape([ROWS, BK, TOKENS])
-
-
-@triton.jit(do_not_specialize=["M", "steps"])
-def few_tokens(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    y_ptr,
-    bias_ptr,
-    a_ts_ptr,
-    b_ts_ptr,
-    partial_ptr,
-    counts_ptr,
-    M,
-    N,
-    K,
-    x_stride,
-    units,
-    steps,
-    GROUPS: tl.constexpr,
-    SLICES: tl.constexpr,
-    PARTS: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    EDGE: tl.constexpr,
-    SCALING: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
-    """GROUPS * BN outputs of BM tokens over one of PARTS parts of K; a warp contracts BN rows over one of SLICES of it.
-
-    TOKENS are read and repeated up to BM: one token need not take the room of eight.
+    Args:
+        overlap: whether the device can overlap launches.
+        plain: for Triton's interpreter, which has no inline assembly.
     """
-    KW: tl.constexpr = BK // 8
-    UNITS: tl.constexpr = BK // UNIT
-    WARPS: tl.constexpr = GROUPS * SLICES
-    words = units * (UNIT // 8)
-    warp = tl.arange(0, WARPS)[:, None, None]
-    start = tl.program_id(0) * (GROUPS * BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    token = tl.program_id(1) * BM + tl.arange(0, TOKENS)[None, None, :, None]
-    row = start + warp // SLICES * BN + tl.arange(0, BN)[None, :, None]
-    row = tl.minimum(row, N - 1).to(tl.int64)
-    step = (tl.program_id(2) * SLICES + warp % SLICES) * steps
-    word = step * KW + tl.arange(0, KW)[None, None, :]
-    block = step * UNITS + tl.arange(0, UNITS)[None, None, :]
-    # x as [slice, run of 32, token, element]: rows of 64 bytes, which neighbouring threads read from different banks.
-    slice_of_k = (tl.program_id(2) * SLICES + tl.arange(0, SLICES))[:, None, None, None]
-    run = tl.arange(0, BK // 32)[None, :, None, None]
-    k = slice_of_k * steps * BK + 32 * run + tl.arange(0, 32)[None, None, None, :]
-    codes_at = codes_ptr + row * words + word
-    scales_at = scales_ptr + row // EDGE * units + block
-    x_at = x_ptr + token.to(tl.int64) * x_stride + k
-    tokens = token < M
-    at = _loaded(codes_ptr, -units, 4)[None, None, :]
-    acc = tl.zeros([WARPS, BN, BM], tl.float32)
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        if EVEN:
-            codes, stored, x = tl.load(codes_at), tl.load(scales_at), tl.load(x_at, tokens, 0.0)
-        else:
-            codes, stored = tl.load(codes_at, word < words, 0), tl.load(scales_at, block < units, 0)
-            x = tl.load(x_at, tokens & (k < K), 0.0)
-            word, block, k = word + KW, block + UNITS, k + BK
-        left, right = _factors(stored.reshape([WARPS * BN, UNITS]), at, WARPS * BN, BK, BLOCK, UNIT, SCALING, PLAIN)
-        first = _quad(codes, left.reshape([WARPS, BN, KW]), 0, ELEMENT, SCALING, PLAIN)
-        second = _quad(codes, right.reshape([WARPS, BN, KW]), 1, ELEMENT, SCALING, PLAIN)
-        w = _ordered_left(tl.join(first, second), WARPS, BN, BK, UNIT < 64 and BLOCK == UNIT)
-        x = _ordered_right(x.to(w.dtype), SLICES, TOKENS, BK, UNIT < 64 and BLOCK == UNIT)[None, :, :, None, :]
-        x = tl.broadcast_to(x, [GROUPS, SLICES, BK, BM // TOKENS, TOKENS]).reshape([WARPS, BK, BM])
-        acc = tl.dot(w, x, acc, "ieee")
-        codes_at += KW
-        scales_at += UNITS
-        x_at += BK
-    acc = tl.sum(acc.reshape([GROUPS, SLICES, BN, BM]), axis=1).reshape([GROUPS * BN, BM])
-    n = start + tl.arange(0, GROUPS * BN)
-    _finish(
-        acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
-        GROUPS * BN, BM, PARTS, FACTOR,
+    constants = known(format)
+    assert not isinstance(constants, No)
+    block = constants["BLOCK"]
+    arranged = cut.kernel == "many_tokens"
+    padded = round_up(k, block)
+    columns = round_up(k, _RUN) if arranged else k
+    steps, even = cut.steps(padded)
+    own = {"OVERLAP": overlap} if arranged else {
+        "GROUPS": cut.warps // cut.slices,
+        "SLICES": cut.slices,
+        "TOKENS": 1 if m == 1 else cut.tokens,
+    }  # fmt: skip
+    tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
+    edge = block if block_2d else 1
+    whole = even and columns == padded
+    # Four scales of a byte in a load, where rows of them and steps are whole words.
+    in_words = constants["SCALING"] != "e6m2" and padded % (4 * block) == 0 and cut.k % (4 * block) == 0
+    unit = 4 * block if in_words else block
+    all_constants = {**constants, **tile, **own, "UNIT": unit, "EDGE": edge, "EVEN": whole, "PLAIN": plain}
+    return Plan(cut, all_constants, columns, steps, overlap and arranged)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan | None:
+    """The plan that a CUDA device runs: a measured cut where there is one, else the table's, if it has one."""
+    from fp4compile.backends.triton import tune  # which measures with what is above
+
+    cut = tune.stored(index, format, m, n, k)
+    if cut is None:
+        device = torch.cuda.get_device_properties(index)
+        shared = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+        cut = default(m, n, format, device.multi_processor_count, shared)
+    if cut is None:
+        return None
+    return plan(cut, m, k, format, block_2d, torch.cuda.get_device_capability(index) >= (9, 0), plain=False)
+
+
+def forget() -> None:
+    """Choose anew: measured cuts have changed."""
+    _chosen.cache_clear()
+
+
+def _arrange(x: Tensor, planned: Plan) -> Tensor:
+    """x in the order in which `many_tokens` contracts, padded to whole runs."""
+    m, k = x.shape
+    out = x.new_empty((m, planned.columns))
+    grid = (ceil_div(planned.columns, _ARRANGE["BK"]), ceil_div(m, _ARRANGE["ROWS"]))
+    kernels(_KERNELS).arrange[grid](x, out, m, k, x.stride(0), planned.columns, **_ARRANGE, OVERLAP=planned.overlap)
+    return out
+
+
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    planned: Plan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, N] in `dtype`."""
+    (m, _), n, cut = x.shape, codes.shape[0], planned.cut
+    y = x.new_empty((m, n), dtype=dtype)
+    interpreted = x.device.type != "cuda"
+    if cut.kernel == "many_tokens":
+        x = _arrange(x, planned)
+    bias = None if bias is None else bias.contiguous()
+    grid = cut.grid(m, n)
+    partial = counted = None
+    if cut.parts > 1:
+        tiles = grid[0] * grid[1]
+        partial = x.new_empty((cut.parts * tiles * cut.tile,), dtype=torch.float32)
+        counted = counts(x.device, tiles)
+    steps: Any = planned.steps
+    if interpreted:
+        import triton.language as tl
+
+        steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
+    kernel = getattr(kernels(_KERNELS), cut.kernel)[grid]
+    unit = planned.constants["UNIT"]
+    units, words = codes.shape[1] * 2 // unit, codes.view(torch.int32)
+    if unit > planned.constants["BLOCK"]:
+        scales = scales.view(torch.int32)
+    options: dict[str, Any] = {"num_warps": cut.warps}
+    if planned.overlap:
+        options["launch_pdl"] = True
+    kernel(
+        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
+        m, n, planned.columns, x.stride(0), units, steps, **planned.constants, **options,
     )  # fmt: skip
+    return y
 
 
-@triton.jit
-def _arranged(x, ROWS: tl.constexpr, BK: tl.constexpr):
-    """x [ROWS, BK] in the order in which `many_tokens` contracts: pair j of all words of a run of 64, j = 0 … 3."""
-    x = x.reshape([ROWS, BK // 64, 8, 4, 2])
-    return tl.permute(x, (0, 1, 3, 2, 4)).reshape([ROWS, BK])
+# --- the op ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["M"])
-def arrange(
-    x_ptr,
-    out_ptr,
-    M,
-    K,
-    x_stride,
-    padded,
-    ROWS: tl.constexpr,
-    BK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """x [M, K] -> out [M, padded] in the order of `_arranged`, zeros past K."""
-    if OVERLAP:
-        gdc_launch_dependents()
-    k = tl.program_id(0) * BK + tl.arange(0, BK)[None, :]
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    x = tl.load(x_ptr + m.to(tl.int64) * x_stride + k, (m < M) & (k < K), 0.0)
-    tl.store(out_ptr + m.to(tl.int64) * padded + k, _arranged(x, ROWS, BK), (m < M) & (k < padded))
+def operands(arguments: Mapping[str, Any]) -> str | None:
+    """What is asked of a call: a dense operand, and a weight whose codes and scales belong together."""
+    a, b, scales, k = arguments["a"], arguments["b"], arguments["b_scales"], arguments["k"]
+    if arguments["a_format"] or not arguments["b_format"]:
+        return "not a dense operand times a packed one"
+    reason = known(arguments["b_format"])
+    if isinstance(reason, No):
+        return reason.reason
+    fmt = FORMATS[arguments["b_format"]]
+    if a.dtype not in codec.DTYPES or a.dim() < 1 or a.shape[-1] != k:
+        return f"a is {a.dtype} {tuple(a.shape)}; fp32, bf16 or fp16 [..., {k}] is read"
+    if b.dim() != 2 or b.dtype != torch.uint8 or scales is None or scales.dtype != fmt.scale_dtype:
+        return "the weight is no matrix of uint8 codes with its scales"
+    edge = fmt.block if arguments["b_block_2d"] else 1
+    blocks = ceil_div(k, fmt.block)
+    if tuple(b.shape[1:]) != (blocks * fmt.block // 2,) or tuple(scales.shape) != (ceil_div(b.shape[0], edge), blocks):
+        return f"codes {tuple(b.shape)} and scales {tuple(scales.shape)} do not hold the blocks of {k} columns"
+    if arguments["dtype"] not in (None, *codec.DTYPES):
+        return f"the result is {arguments['dtype']}; fp32, bf16 and fp16 are written"
+    bias = arguments["bias"]
+    if bias is not None and tuple(bias.shape) != (b.shape[0],):
+        return f"the bias is {tuple(bias.shape)}, not one number per row of the weight"
+    for name in ("a_tensor_scale", "b_tensor_scale"):
+        scale = arguments[name]
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+            return f"{name} is not one fp32 number"
+    return None
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
-def many_tokens(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    y_ptr,
-    bias_ptr,
-    a_ts_ptr,
-    b_ts_ptr,
-    partial_ptr,
-    counts_ptr,
-    M,
-    N,
-    K,
-    x_stride,
-    units,
-    steps,
-    PARTS: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    EDGE: tl.constexpr,
-    SCALING: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
-    """BN outputs of BM tokens over one of PARTS parts of K."""
-    KW: tl.constexpr = BK // 8
-    UNITS: tl.constexpr = BK // UNIT
-    words = units * (UNIT // 8)
-    part = tl.program_id(2)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    word = part * steps * KW + tl.arange(0, KW)[None, :]
-    block = part * steps * UNITS + tl.arange(0, UNITS)[None, :]
-    k = part * steps * BK + tl.arange(0, BK)[None, :]
-    codes_at = codes_ptr + row * words + word
-    scales_at = scales_ptr + row // EDGE * units + block
-    x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k
-    tokens = (m < M)[:, None]
-    at = _loaded(codes_ptr, -units, 4)[None, None, :]
-    if OVERLAP:
-        gdc_wait()
-    acc = tl.zeros([BN, BM], tl.float32)
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        if EVEN:
-            codes, stored, x = tl.load(codes_at), tl.load(scales_at), tl.load(x_at, tokens, 0.0)
+def _dense(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    format: str,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The GEMM with the weight decoded first: exactly, to bf16 for bf16 operands and to fp32 for others."""
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    ops = torch.ops.fp4compile
+    weight = ops.dequantize(codes, scales, None, format, -1, x.shape[1], block_2d, exact)
+    # The op again: its kernel for dense operands adds split sums in fp32, where torch's own may add them in bf16.
+    y: Tensor = ops.mm(x.to(exact), weight.t(), bias, None, None, a_tensor_scale, b_tensor_scale, dtype=dtype)
+    return y
+
+
+def mm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    a_scales: None,
+    b_scales: Tensor,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    a_format: str,
+    b_format: str,
+    b_block_2d: bool,
+    k: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, one rounding."""
+    dtype = dtype or a.dtype
+    shape = (*a.shape[:-1], b.shape[0])
+    m, n = math.prod(a.shape[:-1]), b.shape[0]
+    x = a.detach().reshape(m, k)
+    if m == 0 or n == 0 or k == 0:
+        y = a.new_zeros((m, n), dtype=torch.float32)
+        return (y if bias is None else y + bias).to(dtype).view(shape)
+    codes, scales = b.contiguous(), b_scales.contiguous()
+    with current(a.device):
+        planned = None
+        if m <= MOST_TOKENS and x.dtype == torch.bfloat16:
+            planned = _chosen(m, n, k, b_format, b_block_2d, a.device.index)
+        if planned is None:
+            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, b_format, b_block_2d, dtype)
         else:
-            codes, stored = tl.load(codes_at, word < words, 0), tl.load(scales_at, block < units, 0)
-            x = tl.load(x_at, tokens & (k < K), 0.0)
-            word, block, k = word + KW, block + UNITS, k + BK
-        left, right = _factors(stored, at, BN, BK, BLOCK, UNIT, SCALING, PLAIN)
-        first = _quad(codes, left, 0, ELEMENT, SCALING, PLAIN)
-        second = _quad(codes, right, 1, ELEMENT, SCALING, PLAIN)
-        # [BN, word, j % 2, element of a pair, j // 2] -> [BN, run of 64, j, word, element]
-        w = tl.permute(tl.join(first, second).reshape([BN, BK // 64, 8, 2, 2, 2]), (0, 1, 5, 3, 2, 4))
-        w = w.reshape([BN, BK])
-        acc = tl.dot(w, tl.permute(x.to(w.dtype), (1, 0)), acc, "ieee")
-        if not PLAIN:
-            # A use of the sums: products that are in flight from one iteration to the next would be made to wait for
-            # one another, each for the last.
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, is_pure=True, pack=1)
-        codes_at += KW
-        scales_at += UNITS
-        x_at += BK
-    _finish(
-        acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
-        BN, BM, PARTS, FACTOR,
-    )  # fmt: skip
+            x = x if x.stride(1) == 1 else x.contiguous()
+            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype)
+    return y.view(shape)

@@ -18,10 +18,7 @@ import linecache
 from functools import cache
 from typing import Any
 
-from fp4compile.producer import Step, parse
-
-# Pointers that a kernel passes on, x among them.
-MOST_OPERANDS = 5
+from fp4compile.producer import MOST_OPERANDS, Step, parse
 
 # What Triton's language spells for each function; one that is missing here has no kernel.
 SPELLINGS = {
@@ -100,7 +97,7 @@ def function(text: str) -> Any:
     import triton
     import triton.language as tl
 
-    from fp4compile.backends.triton.kernels import rounded
+    from fp4compile.backends.triton.arithmetic import rounded
 
     name = f"produce_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     code, file = source(text, name), f"<{name}>"

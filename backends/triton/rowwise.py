@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.launch import Launch, _power_of_two, _rounding, _signed, _transform, contiguously, run
+from fp4compile.backends.triton.codec import contiguously, encoder, padded_size, transform
+from fp4compile.backends.triton.launch import Launch, capturing, ceil_div, lasting_zeros, power_of_two, run, signed
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
 from fp4compile.producer import parse
@@ -36,7 +37,7 @@ class Tile:
     warps: int
 
 
-_MODULE = "rowwise_kernels"
+_KERNELS = "rowwise_kernels"
 # By the axes that are quantised: a thread holds one or two whole blocks of rows, and two of columns.
 # Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
 TILES: dict[tuple[int, ...], Tile] = {
@@ -56,10 +57,6 @@ class Axis:
     scale_rule: str | None
     stream: int
     hadamard: int
-
-
-def _ceil(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 # --- what is supported -----------------------------------------------------------------------------------------------
@@ -107,7 +104,7 @@ class Plan:
 def _signs(size: int) -> int:
     """The sign bits of the transform without a seed, as a 32-bit word."""
     negative = signs(size, None, torch.device("cpu")) < 0
-    return _signed(sum(1 << i for i, bit in enumerate(negative.tolist()) if bit))
+    return signed(sum(1 << i for i, bit in enumerate(negative.tolist()) if bit))
 
 
 @lru_cache(maxsize=4096)
@@ -138,17 +135,17 @@ def plan(
     constants: dict[str, Any] = {"BLOCK": fmt.block, "EMAX": emax, "TILE0": edges[0], "TILE1": edges[1], **made}
     for axis, options in wanted:
         lanes, size = shape[1 - axis], shape[axis]
-        padded = _ceil(size, options.hadamard) * options.hadamard if options.hadamard else size
-        blocks = _ceil(padded, fmt.block)
+        padded = padded_size(size, options.hadamard)
+        blocks = ceil_div(padded, fmt.block)
         shapes[axis] = lanes, blocks * fmt.block, blocks
         extent[axis] = max(extent[axis], blocks * fmt.block)
-        encoder, _ = _rounding(format, options.scale_rule, options.rounding, dtype)
-        own = {"padded": padded, "length": blocks * fmt.block, "stream": _signed(options.stream)}
+        encoding, _ = encoder(format, options.scale_rule, options.rounding, dtype)
+        own = {"padded": padded, "length": blocks * fmt.block, "stream": signed(options.stream)}
         arguments |= {f"{name}{axis}": value for name, value in own.items()}
-        arguments |= {f"up_from{axis}": encoder["up_from"], "k_max": encoder["k_max"]}
-        transform = {f"{name}{axis}": value for name, value in _transform(options.hadamard).items()}
+        arguments |= {f"up_from{axis}": encoding["up_from"], "k_max": encoding["k_max"]}
+        of_transform = {f"{name}{axis}": value for name, value in transform(options.hadamard).items()}
         constants |= {
-            **transform,
+            **of_transform,
             f"VECTOR{axis}": _VECTORS[axis],
             f"ALIGNED{axis}": (padded if axis else lanes) % 4 == 0,
             f"STOCHASTIC{axis}": options.rounding == "stochastic",
@@ -156,20 +153,20 @@ def plan(
         }
     for axis in {0, 1} - set(shapes):
         arguments |= dict.fromkeys((f"padded{axis}", f"length{axis}", f"stream{axis}", f"up_from{axis}"), 0)
-        idle = {"VECTOR": 1, "ALIGNED": False, "STOCHASTIC": False, "SIGNS": None, **_transform(0)}
+        idle = {"VECTOR": 1, "ALIGNED": False, "STOCHASTIC": False, "SIGNS": None, **transform(0)}
         constants |= {f"{name}{axis}": value for name, value in idle.items()}
-    down, across = (_ceil(length, edge) for length, edge in zip(extent, edges, strict=True))
+    down, across = (ceil_div(length, edge) for length, edge in zip(extent, edges, strict=True))
     arguments["across"] = across
     constants |= {
         "EVEN": all(size % edge == 0 for size, edge in zip(shape, edges, strict=True)),
         "WIDE": (extent[0] + edges[0]) * (extent[1] + edges[1]) >= 2**31,
     }
-    groups = [_ceil(shape[1 - axis], GROUP) if axis in shapes else 0 for axis in (0, 1)]
+    groups = [ceil_div(shape[1 - axis], GROUP) if axis in shapes else 0 for axis in (0, 1)]
     looking = {"rows": shape[0], "columns": shape[1], "groups0": groups[0]}
     sampling = {"EMAX": emax, "RUN0": RUNS[0], "RUN1": RUNS[1], **made}
     return Plan(
-        Launch("window", sum(groups), looking, sampling, 4, _MODULE),
-        Launch("quantize", down * across, arguments, constants, warps, _MODULE),
+        Launch(_KERNELS, "window", sum(groups), looking, sampling, 4),
+        Launch(_KERNELS, "quantize", down * across, arguments, constants, warps),
         shapes,
     )
 
@@ -183,7 +180,7 @@ def _results(x: Tensor, rows: int, length: int, blocks: int) -> tuple[Tensor, Te
         x.new_empty((rows, length), dtype=torch.float8_e4m3fn),
         x.new_empty((rows,), dtype=torch.float32),
         x.new_empty((blocks, rows), dtype=torch.uint8),
-        x.new_empty((_ceil(rows, FLAGGED),), dtype=torch.uint8),
+        x.new_empty((ceil_div(rows, FLAGGED),), dtype=torch.uint8),
     )
 
 
@@ -262,9 +259,13 @@ COUNTS: dict[torch.device, Tensor] = {}
 
 
 def _counts(device: torch.device) -> Tensor:
-    if device not in COUNTS:
-        COUNTS[device] = torch.zeros(2, dtype=torch.int64, device=device)
-    return COUNTS[device]
+    """Those of a device. A graph that is captured before any other GEMM ran counts for itself."""
+    found = COUNTS.get(device)
+    if found is None:
+        if capturing(device):
+            return torch.zeros(2, dtype=torch.int64, device=device)
+        found = COUNTS.setdefault(device, lasting_zeros(2, torch.int64, device))
+    return found
 
 
 # Few rows are flagged, if any: many programs with little each. Elements of a chunk, parts that share the flagged
@@ -275,17 +276,18 @@ _EXACT = {"TILE": 32, "SPLIT": 4, "STEP": 4}
 @lru_cache(maxsize=4096)
 def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
     """The launch that computes again what a flagged row had a part in."""
-    chunks = max(_ceil(rows, _EXACT["TILE"]), _ceil(columns, _EXACT["TILE"]))
-    flags = {"FLAGS_A": _power_of_two(_ceil(rows, FLAGGED)), "FLAGS_B": _power_of_two(_ceil(columns, FLAGGED))}
+    chunks = max(ceil_div(rows, _EXACT["TILE"]), ceil_div(columns, _EXACT["TILE"]))
+    flags = {"FLAGS_A": power_of_two(ceil_div(rows, FLAGGED)), "FLAGS_B": power_of_two(ceil_div(columns, FLAGGED))}
     sizes = {"rows": rows, "columns": columns, "blocks": blocks}
-    return Launch("exact", chunks * _EXACT["SPLIT"], sizes, {**flags, **_EXACT, "BLOCK": block}, 4, _MODULE)
+    return Launch(_KERNELS, "exact", chunks * _EXACT["SPLIT"], sizes, {**flags, **_EXACT, "BLOCK": block}, 4)
 
 
 def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
     """Make what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
     blocks, rows = operands["a_exponents"].shape
     launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
-    pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
+    pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in operands.items()}
+    bias = None if bias is None else bias.contiguous()
     run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": _counts(out.device)}, out.device)
 
 

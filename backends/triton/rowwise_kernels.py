@@ -14,7 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.backends.triton.kernels import _INF, _SIGN, _bits, _float, _hadamard, _in_turn, _philox, _pow2
+from fp4compile.backends.triton.arithmetic import (
+    INF,
+    SIGN,
+    e8m0_exponent,
+    from_bits,
+    hadamard,
+    in_turn,
+    philox,
+    pow2,
+    to_bits,
+)
 from fp4compile.rowwise import ABOVE, BELOW, FLAGGED, GROUP, HEADROOM, MOST, SAMPLES
 
 _ABOVE, _BELOW = tl.constexpr(ABOVE), tl.constexpr(BELOW)
@@ -50,15 +60,15 @@ def _sampled(size, RUN: tl.constexpr):
 @triton.jit
 def _place_window(x, scale_ptr, flags_ptr, lane, lanes, EMAX: tl.constexpr, AXIS: tl.constexpr):
     """Scales of a group of rows from samples x, [GROUP, SAMPLES] or in columns [SAMPLES, GROUP]; its flag cleared."""
-    bits = _bits(x.to(tl.float32)) & 0x7FFFFFFF
-    most = tl.max(tl.where(bits < _INF, bits, 0), axis=AXIS)
+    bits = to_bits(x.to(tl.float32)) & 0x7FFFFFFF
+    most = tl.max(tl.where(bits < INF, bits, 0), axis=AXIS)
     most = tl.where(most == 0, tl.max(most, axis=0), most)
     most = tl.where(most == 0, 0x3F800000, most)
     # The exponent of a subnormal number is far below the least that is left here.
     window = (most >> 23) - (127 + EMAX + _HEADROOM)
     window = tl.minimum(tl.maximum(window, -_MOST), _MOST)
     at = lane + tl.arange(0, _GROUP)
-    tl.store(scale_ptr + at, _pow2(window), at < lanes)
+    tl.store(scale_ptr + at, pow2(window), at < lanes)
     flag = lane // _FLAGGED + tl.arange(0, _GROUP // _FLAGGED)
     tl.store(flags_ptr + flag, tl.zeros([_GROUP // _FLAGGED], tl.uint8), flag * _FLAGGED < lanes)
 
@@ -170,9 +180,9 @@ def _random(
         lane, k = _positions(lane, k, L, K, BLOCK, VECTOR, COLUMNS)
         lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
     index = _offset(lane, k, row_stride, COLUMNS)
-    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
+    w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
-        words = _in_turn(w0, w1, w2, w3)
+        words = in_turn(w0, w1, w2, w3)
         words = words.reshape([L // 4, K // BLOCK, BLOCK, 4]) if COLUMNS else words.reshape([L, K // BLOCK, BLOCK])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
@@ -192,10 +202,10 @@ def _transform(
     SIGNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """`kernels._hadamard` of a tile [L, K] where a thread holds whole runs and all signs, the bits of a word, are
+    """`arithmetic.hadamard` of a tile [L, K] where a thread holds whole runs and all signs, the bits of a word, are
     known: nothing is left of it but one sum or difference per element and step."""
     sign = (((SIGNS >> tl.arange(0, SIZE)) & 1) << 31)[None, None, :]
-    y = _float(_bits(x).reshape([L, K // SIZE, SIZE]) ^ sign)
+    y = from_bits(to_bits(x).reshape([L, K // SIZE, SIZE]) ^ sign)
     for step in tl.static_range(LOG2):
         pairs = tl.permute(y.reshape([L, K >> (step + 1), 2, 1 << step]), (0, 1, 3, 2))
         a, b = tl.split(pairs)
@@ -214,28 +224,17 @@ def _larger(a, b):
 
 
 @triton.jit
-def _exponent(amax, up_from, k_max, EMAX: tl.constexpr):
-    """The E8M0 exponent of blocks from the bits of their maxima, as `kernels._encode_e8m0` chooses it."""
-    subnormal = amax < 0x00800000
-    bits = tl.where(subnormal, _bits(_float(amax) * 16777216.0), amax)
-    k = (bits >> 23) - tl.where(subnormal, 127 + 24 + EMAX, 127 + EMAX)
-    k += ((bits & 0x7FFFFF) >= up_from).to(tl.int32)
-    k = tl.minimum(tl.maximum(k, -127), k_max)
-    return tl.where(amax == 0, -127, k)
-
-
-@triton.jit
 def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
     """|x| * inverse on the grid of E2M1 times `one`, a power of two, with the sign of x; `u` as `_random` gives it."""
     t = tl.minimum(tl.abs(x) * inverse, 6.0 * one)
-    power = _float(_bits(tl.maximum(t, one)) & _INF)
+    power = from_bits(to_bits(tl.maximum(t, one)) & INF)
     if STOCHASTIC:
         # The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact.
-        lower = tl.where(t < one, tl.where(t < 0.5 * one, 0.0, 0.5 * one), _float(_bits(t) & -0x400000))
+        lower = tl.where(t < one, tl.where(t < 0.5 * one, 0.0, 0.5 * one), from_bits(to_bits(t) & -0x400000))
         q = tl.where(u * (power * 2.0**-25) < t - lower, tl.fma(power, 0.5, lower), lower)
     else:
         q = tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
-    return _float(_bits(q) | (_bits(x) & _SIGN))
+    return from_bits(to_bits(q) | (to_bits(x) & SIGN))
 
 
 @triton.jit
@@ -291,19 +290,19 @@ def _quantize_axis(
     if HADAMARD:
         x = x.reshape([L, K])
         if SIGNS is None:
-            x = _hadamard(x, k0, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+            x = hadamard(x, k0, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
         else:
             x = _transform(x, k0, padded, L, K, HADAMARD, LOG2, FACTOR, SIGNS, EVEN)
         x = x.reshape([L, NB, BLOCK])
-    amax = _bits(tl.reduce(tl.abs(x), 2, _larger))
-    bad = amax >= _INF
-    exponent = _exponent(amax, up_from, k_max, EMAX)
+    amax = to_bits(tl.reduce(tl.abs(x), 2, _larger))
+    bad = amax >= INF
+    exponent = e8m0_exponent(amax, up_from, k_max, EMAX)
     lane = lane0 + tl.arange(0, L)
-    window = (_bits(tl.load(scale_ptr + lane, lane < lanes, 1.0)) >> 23)[:, None] - 127
+    window = (to_bits(tl.load(scale_ptr + lane, lane < lanes, 1.0)) >> 23)[:, None] - 127
     shift = exponent - window
     inside = (shift >= -_BELOW) & (shift <= _ABOVE)
-    inverse = _pow2(tl.where(inside, -window, -exponent))
-    one = _pow2(tl.where(inside, shift, 0))
+    inverse = pow2(tl.where(inside, -window, -exponent))
+    one = pow2(tl.where(inside, shift, 0))
     # A NaN takes the same way as every number.
     inverse, one = tl.where(bad, float("nan"), inverse), tl.where(bad, float("nan"), one)
     u = x
@@ -427,7 +426,7 @@ def _decoded(
 ):
     """STEP blocks of R rows, decoded: fp32 [R, STEP * BLOCK] of two significant bits; zeros past the edges."""
     there = row < rows
-    window = (_bits(tl.load(scale_ptr + row, there, 1.0)) >> 23)[:, None] - 127
+    window = (to_bits(tl.load(scale_ptr + row, there, 1.0)) >> 23)[:, None] - 127
     row, there = row.to(tl.int64)[:, None], there[:, None]
     k = block * BLOCK + tl.arange(0, STEP * BLOCK)[None, :]
     values = tl.load(values_ptr + row * (blocks * BLOCK) + k, there & (k < blocks * BLOCK), 0.0)
@@ -436,7 +435,7 @@ def _decoded(
     shift = exponent - window
     inside = (shift >= -_BELOW) & (shift <= _ABOVE)
     # A block of NaN has no exponent of its own, and needs none.
-    scale = _pow2(tl.where(inside | (exponent > 127), window, exponent))
+    scale = pow2(tl.where(inside | (exponent > 127), window, exponent))
     return (values.to(tl.float32).reshape([R, STEP, BLOCK]) * scale[:, :, None]).reshape([R, STEP * BLOCK])
 
 

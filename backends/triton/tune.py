@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from fp4compile.backends.triton import packed_launch
-from fp4compile.backends.triton.packed_launch import CUTS, Cut
+from fp4compile.backends.triton import packed
+from fp4compile.backends.triton.packed import CUTS, Cut
 from fp4compile.files import cache_folder, write_atomically
 
 _ROUNDS = 5
@@ -37,7 +37,7 @@ def path() -> Path:
 @cache
 def _place(index: int) -> str:
     """What a choice depends on beside the GEMM."""
-    source = hashlib.sha256(Path(packed_launch.__file__).with_name("packed.py").read_bytes()).hexdigest()[:16]
+    source = hashlib.sha256(Path(packed.__file__).with_name("packed_kernels.py").read_bytes()).hexdigest()[:16]
     return "|".join((torch.cuda.get_device_name(index), torch.__version__, version("triton"), source))
 
 
@@ -68,7 +68,7 @@ def _stored(index: int) -> Mapping[str, Cut | None]:
 
 def stored(index: int, format: str, m: int, n: int, k: int) -> Cut | None:
     """The measured cut for m tokens on a CUDA device, if there is one."""
-    return _stored(index).get(_gemm(format, packed_launch.bucket(m), n, k))
+    return _stored(index).get(_gemm(format, packed.bucket(m), n, k))
 
 
 def _milliseconds(calls: list[Callable[[], object]]) -> float:
@@ -101,10 +101,10 @@ def _fastest(format: str, m: int, n: int, k: int, cuts: Iterable[Cut], index: in
     overlap = torch.cuda.get_device_capability(index) >= (9, 0)
 
     def milliseconds(cut: Cut) -> float:
-        planned = packed_launch.plan(cut, m, k, format, False, overlap, plain=False)
+        planned = packed.plan(cut, m, k, format, False, overlap, plain=False)
 
         def call(codes: torch.Tensor, scales: torch.Tensor) -> Callable[[], object]:
-            return lambda: packed_launch.multiply(x, codes, scales, None, None, None, planned, x.dtype)
+            return lambda: packed.multiply(x, codes, scales, None, None, None, planned, x.dtype)
 
         return _milliseconds([call(*each) for each in weights])
 
@@ -123,13 +123,13 @@ def tune(format: str, n: int, k: int, tokens: Iterable[int] = tuple(CUTS), index
     """
     chosen = {}
     with torch.cuda.device(index):
-        for most in sorted({packed_launch.bucket(m) for m in tokens}):
-            candidates = dict.fromkeys(cut for _, cut in packed_launch.cuts(most, format))
+        for most in sorted({packed.bucket(m) for m in tokens}):
+            candidates = dict.fromkeys(cut for _, cut in packed.cuts(most, format))
             chosen[most] = _fastest(format, most, n, k, candidates, index)
     rows = _read()
     here = rows.setdefault(_place(index), {})
     here |= {_gemm(format, most, n, k): asdict(cut) for most, cut in chosen.items()}
     write_atomically(path(), json.dumps(rows, indent=1, sort_keys=True).encode())
     _stored.cache_clear()
-    packed_launch.forget()
+    packed.forget()
     return chosen

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fp4compile.backend import No, Yes
 from fp4compile.backends import triton as table
-from fp4compile.backends.triton import packed_launch, tune
-from fp4compile.backends.triton.packed_launch import CUTS, Cut
+from fp4compile.backends.triton import packed, tune
+from fp4compile.backends.triton.launch import kernels
+from fp4compile.backends.triton.packed import CUTS, Cut
 from fp4compile.codec import tensor_scale
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
@@ -56,7 +57,7 @@ def call(
         "a": randn(m, k).bfloat16(),
         "b": codes,
         "b_scales": scales,
-        "bias": randn(n, seed=3).bfloat16() if biased else None,
+        "bias": randn(2 * n, seed=3).bfloat16()[::2] if biased else None,
         "a_tensor_scale": torch.tensor(0.37) if scaled else None,
         "b_tensor_scale": scale,
         "b_format": format,
@@ -103,9 +104,9 @@ def multiplied(given: dict[str, Any], cut: Cut, plain: bool, dtype: torch.dtype)
     """The GEMM of a call, cut as given."""
     (m, k), format = given["a"].shape, given["b_format"]
     overlap = not plain and torch.cuda.get_device_capability() >= (9, 0)
-    planned = packed_launch.plan(cut, m, k, format, given["b_block_2d"], overlap, plain)
+    planned = packed.plan(cut, m, k, format, given["b_block_2d"], overlap, plain)
     parts = (given[n] for n in ("a", "b", "b_scales", "bias", "a_tensor_scale", "b_tensor_scale"))
-    return packed_launch.multiply(*parts, planned, dtype)
+    return packed.multiply(*parts, planned, dtype)
 
 
 # Every kind of cut, small: slices in a program, parts among programs, both kernels.
@@ -169,14 +170,14 @@ _POINTERS = {
 }
 
 
-def compiled(cut: Cut, format: str, m: int) -> Any:
-    """What Triton makes of a cut for sm_90, n and k multiples of 16."""
+def compiled(cut: Cut, format: str, m: int, capability: int = 90) -> Any:
+    """What Triton makes of a cut for a compute capability, ten times its number; n and k multiples of 16."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    planned = packed_launch.plan(cut, m, 4096, format, False, overlap=True, plain=False)
-    kernel = getattr(packed_launch._kernels(), cut.kernel)
+    planned = packed.plan(cut, m, 4096, format, False, overlap=True, plain=False)
+    kernel = getattr(kernels("packed_kernels"), cut.kernel)
     absent = dict.fromkeys(("bias_ptr", "a_ts_ptr", "b_ts_ptr"))
     constants = {**planned.constants, **absent}
     words = FORMATS[format].scale_dtype == torch.int32 or planned.constants["UNIT"] > planned.constants["BLOCK"]
@@ -186,14 +187,14 @@ def compiled(cut: Cut, format: str, m: int) -> Any:
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
     options = {"num_warps": cut.warps, "launch_pdl": planned.overlap}
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @needs_triton
 @pytest.mark.parametrize("format", NAMES)
 @pytest.mark.parametrize("most", CUTS)
 def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str) -> None:
-    _, cut = packed_launch.cuts(most, format)[0]
+    _, cut = packed.cuts(most, format)[0]
     result = compiled(cut, format, most)
     assert ("wgmma.mma_async" if cut.kernel == "many_tokens" else "mma.sync") in result.asm["ptx"]
     loop = result.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
@@ -201,6 +202,16 @@ def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str
     assert "ttg.local_alloc %" not in loop
     assert "ttg.local_store" not in loop
     assert "ttg.convert_layout" not in loop
+
+
+@needs_triton
+@pytest.mark.parametrize("format", NAMES)
+@pytest.mark.parametrize("most", [1, 64])
+def test_compiles_for_sm_100(most: int, format: str) -> None:
+    """Compiled only: not run on hardware."""
+    _, cut = packed.cuts(most, format)[0]
+    result = compiled(cut, format, most, capability=100)
+    assert ("tcgen05.mma" if cut.kernel == "many_tokens" else "mma.sync") in result.asm["ptx"]
 
 
 def _half(bits: int) -> float:
@@ -256,20 +267,20 @@ def _twice(value: float) -> int:
 @needs_triton
 @pytest.mark.parametrize("format", NAMES)
 def test_the_assembly_of_a_pair(format: str) -> None:
-    from fp4compile.backends.triton import packed
+    from fp4compile.backends.triton import packed_kernels
 
-    fmt, constants = FORMATS[format], packed_launch.known(format)
+    fmt, constants = FORMATS[format], packed.known(format)
     assert not isinstance(constants, No)
-    element = packed._E2M1.value if constants["ELEMENT"] == "e2m1" else packed._EVEN.value
+    element = packed_kernels._E2M1.value if constants["ELEMENT"] == "e2m1" else packed_kernels._EVEN.value
     if constants["ELEMENT"] == "e2m1":
-        element += (packed._TWO if constants["SCALING"] == "e8m0" else packed._ONE).value
+        element += (packed_kernels._TWO if constants["SCALING"] == "e8m0" else packed_kernels._ONE).value
     # The factor of scale 1: what the kernel leaves out of an operand comes back into the sum.
     factor = {"e6m2": 2.0**110, "e4m3": 2.0**118, "e8m0": 1.0}[constants["SCALING"]]
     for j, selection in enumerate(("0x4400", "0x5511", "0x6622", "0x7733")):
         for first in range(16):
             for second in range(16):
                 word = first << 8 * j | second << 8 * j + 4 | 0x96C3A5F1 & ~(0xFF << 8 * j)
-                bits = executed(packed._SPLIT.value + selection + element, word, _twice(factor))
+                bits = executed(packed_kernels._SPLIT.value + selection + element, word, _twice(factor))
                 for code, got in ((first, _half(bits)), (second, _half(bits >> 16))):
                     expected = fmt.element.values[code]
                     assert got * constants["FACTOR"] == expected
@@ -278,13 +289,13 @@ def test_the_assembly_of_a_pair(format: str) -> None:
 
 @needs_triton
 def test_the_assembly_of_scales() -> None:
-    from fp4compile.backends.triton import packed
+    from fp4compile.backends.triton import packed_kernels
 
     for code in range(256):
         if code & 0x7F != 0x7F:
             scale = torch.tensor(code, dtype=torch.uint8).view(torch.float8_e4m3fn).float().item()
-            assert executed(packed._E4M3.value, code) == _twice(scale * 2.0**118)
-    for bit, assembly in enumerate((packed._ADD_1, packed._ADD_2, packed._ADD_16)):
+            assert executed(packed_kernels._E4M3.value, code) == _twice(scale * 2.0**118)
+    for bit, assembly in enumerate((packed_kernels._ADD_1, packed_kernels._ADD_2, packed_kernels._ADD_16)):
         mask = (1, 2, 16)[bit]
         for bits in (0, mask, 0xFFFFFFFF, 0xFFFFFFFF ^ mask):
             expected = _twice(3.0 * 2.0 ** bool(bits & mask))
@@ -302,11 +313,11 @@ def test_every_cut_can_be_launched() -> None:
 @pytest.mark.parametrize("format", NAMES)
 @pytest.mark.parametrize("most", CUTS)
 def test_every_size_has_a_default_cut(most: int, format: str) -> None:
-    rows = packed_launch.cuts(most, format)
-    assert packed_launch.default(most, 2**20, format, **HOPPER) == rows[0][1]
-    smallest = packed_launch.default(most, 64, format, **HOPPER)
+    rows = packed.cuts(most, format)
+    assert packed.default(most, 2**20, format, **HOPPER) == rows[0][1]
+    smallest = packed.default(most, 64, format, **HOPPER)
     assert smallest == next(cut for least, cut in rows if least == 0.0)
-    assert packed_launch.default(most, 64, format, 132, shared=0) is None
+    assert packed.default(most, 64, format, 132, shared=0) is None
 
 
 # Weights [n, k] of an 8-billion model, and what was fastest for them.
@@ -330,7 +341,7 @@ def test_every_size_has_a_default_cut(most: int, format: str) -> None:
     ],
 )
 def test_the_default_cut_is_the_one_that_was_fastest(m: int, n: int, expected: Cut) -> None:
-    assert packed_launch.default(m, n, "hif4", **HOPPER) == expected
+    assert packed.default(m, n, "hif4", **HOPPER) == expected
 
 
 @pytest.mark.parametrize("cut", SMALL)
@@ -343,7 +354,7 @@ def test_steps_cover_every_column(cut: Cut, k: int) -> None:
 
 
 def test_counts_are_shared_by_the_launches_of_a_stream_alone() -> None:
-    counts = object.__new__(packed_launch._Counts)
+    counts = object.__new__(packed._Counts)
     counts._zeros, counts._taken, counts._of_stream = torch.arange(counts.SIZE), 0, {}
     counts._lock = threading.Lock()
     first, again = counts.of(1, 100, False), counts.of(1, 200, False)
@@ -366,7 +377,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _answer(**changes: Any) -> str | None:
     given = {**call("hif4", 3, 16, 128), **changes}
-    return packed_launch.operands(given)
+    return packed.operands(given)
 
 
 def test_declines_say_why() -> None:
@@ -382,6 +393,7 @@ def test_declines_say_why() -> None:
         "do not hold the blocks": {"b_scales": scales[:, :1]},
         "are written": {"dtype": torch.int8},
         "b_tensor_scale": {"b_tensor_scale": torch.ones(2)},
+        "one number per row": {"bias": torch.ones(3, 16)},
     }
     for word, changes in cases.items():
         reason = _answer(**changes)
@@ -391,23 +403,23 @@ def test_declines_say_why() -> None:
 
 def test_every_built_in_format_is_read() -> None:
     for format in NAMES:
-        assert not isinstance(packed_launch.known(format), No)
+        assert not isinstance(packed.known(format), No)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("format", NAMES)
 def test_many_tokens_are_multiplied_by_a_decoded_weight(format: str, dtype: torch.dtype) -> None:
-    given = call(format, packed_launch.MOST_TOKENS + 1, 40, 200, biased=True, scaled=True)
+    given = call(format, packed.MOST_TOKENS + 1, 40, 200, biased=True, scaled=True)
     given["a"] = given["a"].to(dtype)
-    assert_rounded_once(packed_launch.mm(**given), given)
+    assert_rounded_once(packed.mm(**given), given)
 
 
 def test_no_tokens_make_no_outputs_and_no_columns_make_the_bias() -> None:
     given = call("hif4", 0, 40, 200, biased=True)
-    assert packed_launch.mm(**given).shape == (0, 40)
-    assert packed_launch.mm(**{**given, "a": given["a"].view(2, 0, 200)}).shape == (2, 0, 40)
+    assert packed.mm(**given).shape == (0, 40)
+    assert packed.mm(**{**given, "a": given["a"].view(2, 0, 200)}).shape == (2, 0, 40)
     empty = {"a": torch.zeros(3, 0, dtype=torch.bfloat16), "b": given["b"][:, :0], "b_scales": given["b_scales"][:, :0]}
-    assert torch.equal(packed_launch.mm(**{**given, **empty, "k": 0}), given["bias"].expand(3, 40))
+    assert torch.equal(packed.mm(**{**given, **empty, "k": 0}), given["bias"].expand(3, 40))
 
 
 # --- measured cuts ---------------------------------------------------------------------------------------------------
@@ -463,7 +475,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("most", CUTS)
     def test_every_cut_of_the_table(self, most: int, format: str) -> None:
         given = call(format, most, 528, 4096)
-        for _, cut in packed_launch.cuts(most, format):
+        for _, cut in packed.cuts(most, format):
             assert_rounded_once(multiplied(moved(given), cut, plain=False, dtype=torch.bfloat16), given)
 
     @pytest.mark.parametrize("format", NAMES)
@@ -511,7 +523,7 @@ class TestOnGpu:
         tokens = torch.eye(k, dtype=torch.bfloat16)
         for start in range(0, k, most):
             given = {**call(format, 1, n, k), "a": tokens[start : start + most], "b": codes, "b_scales": scales}
-            for _, cut in packed_launch.cuts(most, format):
+            for _, cut in packed.cuts(most, format):
                 got = multiplied(moved(given), cut, plain=False, dtype=torch.float32).cpu()
                 assert got[:, 17].isnan().all()
                 got[:, 17] = weight.T[start : start + most, 17] = 0
@@ -540,10 +552,10 @@ class TestOnGpu:
         tune._stored.cache_clear()
         chosen = tune.tune("hif4", 512, 1024, tokens=(1,))
         assert tune.stored(0, "hif4", 1, 512, 1024) == chosen[1]
-        planned = packed_launch._chosen(1, 512, 1024, "hif4", False, 0)
+        planned = packed._chosen(1, 512, 1024, "hif4", False, 0)
         assert planned is not None
         assert planned.cut == chosen[1]
         given = call("hif4", 1, 512, 1024)
         assert_rounded_once(KERNEL.run(**moved(given)), given)
         tune._stored.cache_clear()
-        packed_launch.forget()
+        packed.forget()

@@ -26,7 +26,9 @@ from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
 from tests.backends.test_triton_kernels import (
     ROOT,
+    SM_100,
     arguments,
+    assert_exact,
     assert_same,
     compiled,
     meta,
@@ -326,9 +328,18 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
     planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False)
     window, quantize = rowwise.arguments_of(planned, x, seed, None)[0]
     for each, given in ((planned.window, window), (planned.quantize, quantize)):
-        ptx = compiled(each, given)
-        for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
-            assert inexact not in ptx
+        assert_exact(compiled(each, given))
+
+
+@needs_triton
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_quantisation_compiles_for_sm_100_without_approximations(axes: tuple[int, ...]) -> None:
+    """Compiled only: not run on hardware."""
+    x, how = meta(256, 512), HOW["nearest"]
+    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False)
+    window, quantize = rowwise.arguments_of(planned, x, None, None)[0]
+    for each, given in ((planned.window, window), (planned.quantize, quantize)):
+        assert_exact(compiled(each, given, SM_100))
 
 
 @needs_triton

@@ -74,11 +74,11 @@ class Cublas:
 
     def __init__(self) -> None:
         self.pointer_mode, self.math_mode = 0, 5
-        self.status = 0
+        self.status = self.status_of_mode = 0
 
     def cublasSetPointerMode_v2(self, handle: int, mode: int) -> int:
         self.pointer_mode = mode
-        return 0
+        return self.status_of_mode if mode else 0
 
     def cublasGetMathMode(self, handle: int, mode: ctypes.c_int) -> int:
         mode.value = self.math_mode
@@ -134,6 +134,25 @@ def test_a_status_is_an_error_and_modes_are_put_back(cublas: Cublas) -> None:
     with pytest.raises(RuntimeError, match="cublasGemmEx returned status 7"):
         gemm.mm(**given)
     assert (cublas.pointer_mode, cublas.math_mode) == (0, 5)
+
+
+def test_modes_are_put_back_where_one_is_refused(cublas: Cublas) -> None:
+    cublas.status_of_mode = 7
+    given = arguments(randn(2, 3).bfloat16(), randn(3, 4).bfloat16())
+    with pytest.raises(RuntimeError, match="cublasSetPointerMode_v2 returned status 7"):
+        gemm.mm(**given)
+    assert (cublas.pointer_mode, cublas.math_mode) == (0, 5)
+
+
+@pytest.mark.usefixtures("cublas")
+def test_a_scale_of_one_is_fp32_whatever_the_default_dtype() -> None:
+    given = arguments(randn(5, 16).bfloat16(), randn(16, 24, seed=1).bfloat16())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = gemm.mm(**given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_rounded_once(got, given)
 
 
 DECLINED = {

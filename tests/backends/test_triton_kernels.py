@@ -22,13 +22,13 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import triton as table
-from fp4compile.backends.triton import launch
+from fp4compile.backends.triton import codec, launch
 from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
 from fp4compile.producer import FUNCTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == launch.__name__}
+KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == codec.__name__}
 NAMES = ("hif4", "mxfp4", "nvfp4")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -94,7 +94,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("options", range(8))
     @pytest.mark.parametrize("format", NAMES)
     def test_large_tensors(self, format: str, options: int) -> None:
-        chosen, dtype = OPTIONS[options], launch.DTYPES[(options + NAMES.index(format)) % 3]
+        chosen, dtype = OPTIONS[options], codec.DTYPES[(options + NAMES.index(format)) % 3]
         if chosen.get("block_2d") and FORMATS[format].block_2d is None:
             pytest.skip("no 2-D blocks")
         for x in large(dtype):
@@ -113,7 +113,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("options", range(4))
     @pytest.mark.parametrize("format", NAMES)
     def test_both_axes_of_large_matrices(self, format: str, options: int) -> None:
-        for x in large(launch.DTYPES[options % 3]):
+        for x in large(codec.DTYPES[options % 3]):
             if x.dim() == 2:
                 scale = OPS["tensor_scale"].reference(x, format) if FORMATS[format].has_tensor_scale else None
                 scales = {"tensor_scale_0": scale, "tensor_scale_1": scale}
@@ -125,7 +125,7 @@ class TestOnGpu:
             scales = torch.arange(count).mul(1 if count == 256 else 1048575).to(torch.int32).to(fmt.scale_dtype)
             codes = torch.arange(0, 256).to(torch.uint8).repeat(count)[: count * fmt.block // 2]
             packed = {"codes": codes.view(count, -1), "scales": scales[:, None], "tensor_scale": None}
-            for dtype in launch.DTYPES:
+            for dtype in codec.DTYPES:
                 options = {"format": format, "axis": 1, "size": fmt.block, "block_2d": False, "dtype": dtype}
                 check("dequantize", **packed, **options)
 
@@ -152,8 +152,8 @@ class TestOnGpu:
         import fp4compile
 
         ran: list[str] = []
-        run = launch.run
-        monkeypatch.setattr(launch, "run", lambda each, *rest: (ran.append(each.kernel), run(each, *rest)))
+        run = codec.run
+        monkeypatch.setattr(codec, "run", lambda each, *rest: (ran.append(each.kernel), run(each, *rest)))
         x = torch.randn(64, 128)
         got = fp4compile.fake_quantize(x.cuda(), "nvfp4", axis=0)
         assert_same(got, fp4compile.fake_quantize(x, "nvfp4", axis=0))
@@ -265,13 +265,17 @@ _TYPES = {
 Planned = tuple[launch.Launch, dict[str, Any]]
 
 
-def compiled(planned: launch.Launch, given: Mapping[str, Any]) -> str:
-    """The PTX of a launch for sm_90."""
+SM_90 = 90
+SM_100 = 100  # compiled only: not run on hardware
+
+
+def compiled(planned: launch.Launch, given: Mapping[str, Any], capability: int = SM_90) -> str:
+    """The PTX of a launch for a compute capability, ten times its number."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(launch._kernels(planned.module), planned.kernel)
+    kernel = getattr(launch.kernels(planned.module), planned.kernel)
     constants = {(kernel.arg_names.index(k),): v for k, v in planned.constants.items()}
     signature, attributes = dict.fromkeys(planned.constants, "constexpr"), {}
     for name, value in {**planned.arguments, **given}.items():
@@ -286,7 +290,7 @@ def compiled(planned: launch.Launch, given: Mapping[str, Any]) -> str:
                 attributes[at] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
     options = {"num_warps": planned.num_warps, "enable_fp_fusion": False}
-    result = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert result.asm["cubin"]
     return result.asm["ptx"]
 
@@ -300,14 +304,14 @@ def quantizing(x: Tensor, format: str, axis: int, **options: Any) -> list[Planne
     scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
     sample = moved({"x": x, "format": format, "axis": axis, "tensor_scale": scale, **options}, "meta")
     fake, packed = arguments("fake_quantize", sample), arguments("quantize", sample)
-    return [launch.plan_fake_quantize(**fake)[:2], launch.plan_quantize(**packed)[:2]]
+    return [codec.plan_fake_quantize(**fake)[:2], codec.plan_quantize(**packed)[:2]]
 
 
 def both(x: Tensor, format: str, **options: Any) -> list[Planned]:
     """The one launch of `fake_quantize_both`, or none where two do it."""
     scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
     given = moved({**NEAREST, "tensor_scale_0": scale, "tensor_scale_1": scale, **options}, "meta")
-    planned = launch.plan_fake_quantize_both(
+    planned = codec.plan_fake_quantize_both(
         x=x,
         format=format,
         scale_rule=None,
@@ -320,11 +324,11 @@ def both(x: Tensor, format: str, **options: Any) -> list[Planned]:
 
 def decoding(format: str, axis: int) -> list[Planned]:
     codes, scales = OPS["quantize"].fake(meta(256, 512), format, axis)
-    return [launch.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[:2]]
+    return [codec.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[:2]]
 
 
 def scaling(axis: int, hadamard: int) -> list[Planned]:
-    return launch.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0]
+    return codec.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0]
 
 
 COMPILED: dict[str, Callable[[], list[Planned]]] = {
@@ -342,15 +346,31 @@ COMPILED: dict[str, Callable[[], list[Planned]]] = {
 }
 
 
+def assert_exact(ptx: str) -> None:
+    """No approximate division, nothing that flushes subnormal numbers."""
+    for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
+        assert inexact not in ptx
+
+
+def assert_compiles_exactly(launches: list[Planned], capability: int) -> None:
+    for planned, given in launches:
+        ptx = compiled(planned, given, capability)
+        assert_exact(ptx)
+        # Those that are written: with an exact product, and of corrected divisions.
+        assert "fma.rn" not in ptx or planned.constants["ELEMENT"] == "even" or planned.constants["SCALING"] == "e4m3"
+
+
 @needs_triton
 @pytest.mark.parametrize("launches", COMPILED.values(), ids=COMPILED)
 def test_compiles_for_sm_90_without_approximations(launches: Callable[[], list[Planned]]) -> None:
-    for planned, given in launches():
-        ptx = compiled(planned, given)
-        for inexact in ("div.full", "div.approx", "rcp.approx", "mul.ftz", "add.ftz"):
-            assert inexact not in ptx
-        # Those that are written: with an exact product, and of corrected divisions.
-        assert "fma.rn" not in ptx or planned.constants["ELEMENT"] == "even" or planned.constants["SCALING"] == "e4m3"
+    assert_compiles_exactly(launches(), SM_90)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["hif4 rows", "mxfp4 columns", "nvfp4 squares", "hif4 both", "decoding"])
+def test_compiles_for_sm_100_without_approximations(name: str) -> None:
+    """Compiled only: not run on hardware."""
+    assert_compiles_exactly(COMPILED[name](), SM_100)
 
 
 SWIGLU = (
@@ -370,9 +390,9 @@ EVERY = (
 @pytest.mark.parametrize("shape", [(256, 512), (70, 96)])
 def test_producers_compile_for_sm_90(shape: tuple[int, int]) -> None:
     x, up = meta(*shape), meta(*shape)
-    launches = [launch.plan_fake_quantize(**_fake("hif4", axis, x, p1=up, producer=SWIGLU)) for axis in (0, 1)]
+    launches = [codec.plan_fake_quantize(**_fake("hif4", axis, x, p1=up, producer=SWIGLU)) for axis in (0, 1)]
     operands = {"p1": meta(shape[0], 1), "p2": meta(1, shape[1]), "p3": meta(1)}
-    launches.append(launch.plan_fake_quantize(**_fake("mxfp4", 1, x, **operands, producer=EVERY)))
+    launches.append(codec.plan_fake_quantize(**_fake("mxfp4", 1, x, **operands, producer=EVERY)))
     for planned, given, _ in launches:
         assert "mufu.ex2" in compiled(planned, given) or "ex2.approx" in compiled(planned, given)
 
@@ -402,17 +422,17 @@ def test_offsets_are_wide_only_where_they_must_be() -> None:
 @pytest.mark.parametrize(
     ("shape", "axis", "block_2d", "expected"),
     [
-        ((6, 128), 1, False, launch.Geometry(1, 12, 64, 64, False)),
-        ((6, 70), 1, False, launch.Geometry(1, 6, 70, 70, False)),
-        ((2, 70, 3), 1, False, launch.Geometry(2, 3, 70, 70, True)),
-        ((2, 64, 1), 1, False, launch.Geometry(1, 2, 64, 64, False)),
-        ((5, 64, 128), 2, True, launch.Geometry(5, 64, 128, 128, False)),
-        ((5, 64, 128), 1, True, launch.Geometry(5, 128, 64, 64, True)),
-        ((5, 64, 1), 1, True, launch.Geometry(5, 1, 64, 64, True)),
+        ((6, 128), 1, False, codec.Geometry(1, 12, 64, 64, False)),
+        ((6, 70), 1, False, codec.Geometry(1, 6, 70, 70, False)),
+        ((2, 70, 3), 1, False, codec.Geometry(2, 3, 70, 70, True)),
+        ((2, 64, 1), 1, False, codec.Geometry(1, 2, 64, 64, False)),
+        ((5, 64, 128), 2, True, codec.Geometry(5, 64, 128, 128, False)),
+        ((5, 64, 128), 1, True, codec.Geometry(5, 128, 64, 64, True)),
+        ((5, 64, 1), 1, True, codec.Geometry(5, 1, 64, 64, True)),
     ],
 )
-def test_geometry(shape: tuple[int, ...], axis: int, block_2d: bool, expected: launch.Geometry) -> None:
-    assert launch.geometry(shape, axis, 64, 0, block_2d) == expected
+def test_geometry(shape: tuple[int, ...], axis: int, block_2d: bool, expected: codec.Geometry) -> None:
+    assert codec.geometry(shape, axis, 64, 0, block_2d) == expected
 
 
 # --- what they support -----------------------------------------------------------------------------------------------
@@ -438,7 +458,7 @@ def test_without_triton_the_answer_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_importing_the_table_does_not_import_the_kernels() -> None:
     code = "import sys, fp4compile.backends.inductor as i; assert len(i.BACKEND.kernels) >= 10; " + (
-        "assert 'fp4compile.backends.triton.kernels' not in sys.modules"
+        "assert 'fp4compile.backends.triton.codec_kernels' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
@@ -470,6 +490,32 @@ def test_declines_say_why() -> None:
     assert _answer(KERNELS["quantize"], hadamard=64) == Yes()
 
 
+@pytest.mark.usefixtures("anywhere")
+def test_both_axes_are_checked() -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "one of 16, 32, 64, 128": {"hadamard": [0, 512]},
+        "without a seed": {"rounding": ["nearest", "stochastic"]},
+        "2-D": {"block_2d": [True, False]},
+        "tensor_scale is not one": {"tensor_scale_1": torch.ones(2, device="meta")},
+        "two kernels are as fast": {"hadamard": [128, 0]},
+        "not two": {"x": torch.ones(2, 64, 3, device="meta")},
+    }
+    kernel = KERNELS["fake_quantize_both"]
+    options = {**BOTH_OPTIONS[0], "format": "hif4", "scale_rule": None, "x": torch.ones(64, 64, device="meta")}
+    for word, changed in cases.items():
+        given = arguments("fake_quantize_both", {**options, **changed})
+        with torch._subclasses.FakeTensorMode():
+            on_gpu = {n: torch.empty(v.shape, device="cuda") if isinstance(v, Tensor) else v for n, v in given.items()}
+            answer = kernel.supports(on_gpu)
+        assert isinstance(answer, No)
+        assert word in answer.reason
+
+
+def test_gemms_on_fp4_tensor_cores_come_first() -> None:
+    gemms = [kernel.name for kernel in table.KERNELS if kernel.op == "mm"]
+    assert gemms == ["cublas/fp4_mm", "triton/packed_mm", "cublas/mm"]
+
+
 CUSTOM = {
     "e8m0 over 16, even steps": Format(
         "triton_test_a", S1P2, (ScaleLevel("e8m0", 16),), torch.uint8,
@@ -495,11 +541,11 @@ DECLINED = {
 
 @pytest.mark.parametrize("fmt", CUSTOM.values(), ids=CUSTOM)
 def test_other_formats_are_read_from_their_row(fmt: Format) -> None:
-    assert not isinstance(launch.constants_of(fmt), No)
+    assert not isinstance(codec.constants_of(fmt), No)
 
 
 @pytest.mark.parametrize(("word", "fmt"), DECLINED.items(), ids=DECLINED)
 def test_declines_a_format_it_cannot_round(word: str, fmt: Format) -> None:
-    answer = launch.constants_of(fmt)
+    answer = codec.constants_of(fmt)
     assert isinstance(answer, No)
     assert word in answer.reason

@@ -85,6 +85,33 @@ def test_symbolic_sizes() -> None:
     assert same_bits(found.execute(X, Y), before)
 
 
+def test_a_symbolic_number_is_no_operand() -> None:
+    found = trace(lambda x: ops.fake_quantize(x.exp() * x.shape[0], "hif4", 1), X, mode="symbolic")
+    found.context.backend = BACKEND
+    assert found.run("absorb") == 0
+
+
+# A vector that is read as a row or as a column of numbers, against as many rows as columns.
+SQUARE: dict[str, tuple[Callable[..., object], str]] = {
+    "a column": (lambda x, w: fq(x * w), "full column"),
+    "a row": (lambda x, w: fq(x * w.unsqueeze(-1)), "full row"),
+    "a row by a view": (lambda x, w: fq(x * w.view(64, 1)), "full row"),
+    "both": (lambda x, w: fq(x * w + w[:, None]), "full column row"),
+}
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_a_vector_against_a_square(name: str) -> None:
+    function, layouts = SQUARE[name]
+    x, w = randn(64, 64), randn(64, seed=1)
+    found = trace(lambda x, w: function(x, w), x, w)
+    found.context.backend = BACKEND
+    before = found.execute(x, w)
+    assert found.run("absorb") == 1
+    assert produced(found) == [layouts]
+    assert same_bits(found.execute(x, w), before)
+
+
 def test_without_a_kernel_nothing_changes() -> None:
     def nothing(arguments: object) -> Answer:
         return No("no")
@@ -106,6 +133,12 @@ def fq(x: Tensor, axis: int = 1) -> Tensor:
 def _shared(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     product = x * y
     return fq(product + z), product.sum()
+
+
+def _decayed(x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        x = x * 0.99
+    return x
 
 
 # What is absorbed: the function, and the layouts of the operands.
@@ -136,6 +169,9 @@ LEFT: dict[str, Callable[..., object]] = {
     "a reader behind a view": lambda x, y, z: (fq(h := x * y), h.view(-1).cumsum(0)),
     "two quantisations in one half": lambda x, y, z: (fq(h := x.exp()), fq(h, 0)),
     "a transposed operand": lambda x, y, z: fq(x * y.view(64, 16).T),
+    "a number per head, as many heads as rows": lambda x, y, z: fq((x.view(16, 16, 4) * y[:, :1]).view(16, 64)),
+    "six operands": lambda x, y, z: fq(((x - y[:, :1]) * z[:, :1] * y[0] + z[0]) * y[1]),
+    "arithmetic for longer than memory takes": lambda x, y, z: fq(_decayed(x, 600)),
     "a factor of a sum": lambda x, y, z: fq(torch.add(x, y, alpha=2)),
     "an operand of another shape": lambda x, y, z: fq((x.view(32, 32) * y[:, 0].repeat(2)[:, None]).view(16, 64)),
     "integers": lambda x, y, z: fq(x * y.to(torch.int32)),

@@ -75,6 +75,25 @@ def test_a_transformed_tensor_is_not_the_plain_one() -> None:
     assert len(captured.calls("quantize")) == 4
 
 
+class Sum(nn.Module):
+    """The weight gradients of both layers are the same product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_equal_gemms_of_two_sites_stay_two() -> None:
+    # A tensor scale makes them GEMMs of ours.
+    captured = capture(Sum(), [randn(8, 64).requires_grad_()], "nvfp4-plain").until("legalise")
+    nodes = set(captured.module.graph.nodes)
+    assert len(captured.sites) == 6
+    assert len({site.node for site in captured.sites} & nodes) == 6
+
+
 def test_other_tensors_with_equal_values_stay_apart() -> None:
     captured = trace(lambda x, y, w: (x @ w, y @ w), randn(4, 64), randn(4, 64, seed=1), randn(64, 8), parameters="w")
     captured.until("share")

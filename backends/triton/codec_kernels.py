@@ -17,28 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-ROUNDS = tl.constexpr(7)  # of Philox; fp4compile.philox says why
-_INF = tl.constexpr(0x7F800000)
+from fp4compile.backends.triton.arithmetic import (
+    INF,
+    SIGN,
+    e8m0_exponent,
+    from_bits,
+    hadamard,
+    in_turn,
+    philox,
+    pow2,
+    to_bits,
+)
+
 _NAN = tl.constexpr(0x7FC00000)
-_SIGN = tl.constexpr(-0x80000000)
 _E6M2_MIN = tl.constexpr(2.0**-48)
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _pow2(k):
-    """2**k for integer k in [-127, 127]; the least is subnormal."""
-    return _float(tl.where(k < -126, 0x00400000, (k + 127) << 23))
 
 
 # --- where a tile stands ---------------------------------------------------------------------------------------------
@@ -119,16 +111,6 @@ def _load(
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 rounded to a narrower dtype and back, ties to even: Triton's interpreter cuts bf16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = _bits(x)
-        return tl.where(x == x, _float((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000), x)
-    else:
-        return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
 def _read(
     x_ptr,
     p1,
@@ -192,36 +174,6 @@ def _store(
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 
-# `counter_stream`, because `stream` is a word of Triton's launch.
-
-
-@triton.jit
-def _philox(counter, seed, counter_stream, WIDE: tl.constexpr):
-    """Four 32-bit words of Philox4x32-7 for each counter, key (seed, stream)."""
-    c0 = counter.to(tl.uint32)
-    c1 = tl.zeros_like(c0)
-    if WIDE:
-        c1 = (counter >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + (seed >> 32).to(tl.uint32)
-    c3 = tl.zeros_like(c0)
-    k0, k1 = seed.to(tl.uint32), counter_stream.to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
-        # A 64-bit product of 32-bit factors is one instruction.
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _in_turn(w0, w1, w2, w3):
-    """[..., n] four times -> [..., n, 2, 2]: w0, w1, w2, w3 of the first, then of the second, …"""
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
-
-
 @triton.jit
 def _uniform(
     batch,
@@ -241,56 +193,15 @@ def _uniform(
     """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
     lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 4 if ALIGNED else 1)
     index = _index(batch, lane, k, lanes, size, COLUMNS)
-    w0, w1, w2, w3 = _philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
+    w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
-        words = _in_turn(w0, w1, w2, w3)
+        words = in_turn(w0, w1, w2, w3)
         words = words.reshape([K // LOW, LOW, L]) if COLUMNS else words.reshape([L, K])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
     u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     return _to_lanes(u, L, K, COLUMNS)
-
-
-# --- the Hadamard transform ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _signs(seed_ptr, counter_stream, SIZE: tl.constexpr):
-    """The sign bits of the transform, int32 [SIZE]."""
-    seed = tl.full([], 0, tl.int64) if seed_ptr is None else tl.load(seed_ptr)
-    w0, w1, w2, w3 = _philox(tl.arange(0, SIZE // 4), seed, counter_stream, False)
-    return _in_turn(w0, w1, w2, w3).reshape([SIZE]).to(tl.int32, bitcast=True) & _SIGN
-
-
-@triton.jit
-def _hadamard(
-    x,
-    k,
-    padded,
-    seed_ptr,
-    counter_stream,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    SIZE: tl.constexpr,
-    LOG2: tl.constexpr,
-    FACTOR: tl.constexpr,
-    EVEN: tl.constexpr = False,
-):
-    """Signs, butterflies with strides 1, 2, 4, …, one multiply, on runs of SIZE of [L, K]."""
-    bits = _bits(x).reshape([L, K // SIZE, SIZE]) ^ _signs(seed_ptr, counter_stream, SIZE)[None, None, :]
-    for step in tl.static_range(LOG2):
-        bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
-        # The other of a pair without a copy through memory: xor of both, xor this one.
-        other = _float(tl.xor_sum(bits, axis=2)[:, :, None, :] ^ bits)
-        # The second of a pair is the first minus itself: its sign is flipped before the one sum.
-        second = tl.arange(0, 2)[None, None, :, None] << 31
-        bits = _bits(other + _float(bits ^ second))
-    y = _float(bits).reshape([L, K]) * FACTOR
-    if not EVEN:
-        # Past the last run there are sums of signed zeros; a block is filled up with positive ones.
-        y = tl.where(k + tl.arange(0, K)[None, :] < padded, y, 0.0)
-    return y
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -300,20 +211,14 @@ def _hadamard(
 
 @triton.jit
 def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`up_from`: the fraction of the maximum, as 23 bits, from which the exponent moves up."""
-    subnormal = amax < 0x00800000
-    bits = tl.where(subnormal, _bits(_float(amax) * 16777216.0), amax)
-    k = (bits >> 23) - tl.where(subnormal, 127 + 24 + EMAX, 127 + EMAX)
-    k += ((bits & 0x7FFFFF) >= up_from).to(tl.int32)
-    k = tl.minimum(tl.maximum(k, -127), k_max)
-    k = tl.where(amax == 0, -127, k)
+    k = e8m0_exponent(amax, up_from, k_max, EMAX)
     if STOCHASTIC:
         # Values near the least subnormal may round up: through the same two products as the reference.
         half = -k >> 1
-        t = (mag * _pow2(half)[:, :, None]) * _pow2(-k - half)[:, :, None]
+        t = (mag * pow2(half)[:, :, None]) * pow2(-k - half)[:, :, None]
     else:
-        t = mag * _pow2(-k)[:, :, None]
-    return t, _pow2(k)[:, :, None], k + 127
+        t = mag * pow2(-k)[:, :, None]
+    return t, pow2(k)[:, :, None], k + 127
 
 
 @triton.jit
@@ -330,7 +235,7 @@ def _quotient(a, b, reciprocal):
 @triton.jit
 def _reciprocal(x):
     """1 / x to within an ulp or two, for a normal x far from the ends of the range."""
-    y = _float(0x7EF311C7 - _bits(x))  # to 12%; each Newton step squares the error
+    y = from_bits(0x7EF311C7 - to_bits(x))  # to 12%; each Newton step squares the error
     for _ in tl.static_range(3):
         y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     return y
@@ -339,15 +244,15 @@ def _reciprocal(x):
 @triton.jit
 def _round_e4m3(scale, TRUNCATION_FREE: tl.constexpr):
     """A normal E4M3 number near each scale, and its fields with fp32's exponent bias."""
-    bits = _bits(tl.minimum(tl.maximum(scale, 0.015625), 448.0))
+    bits = to_bits(tl.minimum(tl.maximum(scale, 0.015625), 448.0))
     up = 0xFFFFF if TRUNCATION_FREE else 0x7FFFF + ((bits >> 20) & 1)
     rounded = (bits + up) >> 20
-    return _float(rounded << 20), rounded
+    return from_bits(rounded << 20), rounded
 
 
 @triton.jit
 def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
-    largest, ts, one = _float(amax), 1.0, 1.0
+    largest, ts, one = from_bits(amax), 1.0, 1.0
     if ts_ptr is not None:
         ts = tl.load(ts_ptr)
         one = tl.div_rn(1.0, ts)
@@ -367,8 +272,8 @@ def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.const
 @triton.jit
 def _to_bf16(x):
     """Rounded to bf16, ties to even, for x >= 0."""
-    bits = _bits(x)
-    return _float((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
+    bits = to_bits(x)
+    return from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
 
 
 @triton.jit
@@ -388,7 +293,7 @@ def _scaled(
     STOCHASTIC: tl.constexpr,
 ):
     """t = mag / factor (truncation-free) or mag * factor, times 2**-exponent."""
-    down = _pow2(-exponent)
+    down = pow2(-exponent)
     if STOCHASTIC:
         # In two roundings as in the reference: values near the least subnormal may round up.
         if TRUNCATION_FREE:
@@ -397,7 +302,7 @@ def _scaled(
             t = mag * factor[:, :, None]
         t = t * _spread(down, L, NB)
     elif TRUNCATION_FREE:
-        t = tl.div_rn(mag, _spread(factor[:, :, None, None] * _pow2(exponent), L, NB))
+        t = tl.div_rn(mag, _spread(factor[:, :, None, None] * pow2(exponent), L, NB))
     else:
         t = mag * _spread(factor[:, :, None, None] * down, L, NB)
     return t
@@ -408,14 +313,14 @@ def _encode_e6m2(
     mag, s_max, L: tl.constexpr, NB: tl.constexpr, TRUNCATION_FREE: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
     """E6M2 per 64, one exponent bit per 8 and one per 4; the maxima too, which lie within a thread but for the last."""
-    fours = tl.max(_bits(mag).reshape([L, NB, 8, 2, 4]), axis=4)
+    fours = tl.max(to_bits(mag).reshape([L, NB, 8, 2, 4]), axis=4)
     eights = tl.max(fours, axis=3)
     amax = tl.max(eights, axis=2)
-    v, v2, v3 = _float(amax), _float(eights), _float(fours)
+    v, v2, v3 = from_bits(amax), from_bits(eights), from_bits(fours)
     if TRUNCATION_FREE:
         s = tl.minimum(tl.maximum(tl.div_rn(v, 7.0), _E6M2_MIN), s_max)
-        rounded = (_bits(s) + 0x1FFFFF) >> 21
-        scale = _float(rounded << 21)
+        rounded = (to_bits(s) + 0x1FFFFF) >> 21
+        scale = from_bits(rounded << 21)
         # v / scale > 3.5 in fp32 exactly where v > 3.5 * scale: of a scale of three bits both sides are exact.
         factor = scale
         e2 = (v2 > 3.5 * scale[:, :, None]).to(tl.int32)
@@ -423,9 +328,9 @@ def _encode_e6m2(
     else:
         # bf16(1/7); the scale and its reciprocal are bf16, the products fp32.
         s = tl.minimum(tl.maximum(_to_bf16(v * 0.142578125), _E6M2_MIN), s_max)
-        bits = _bits(s)
+        bits = to_bits(s)
         rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
-        scale = _float(rounded << 21)
+        scale = from_bits(rounded << 21)
         factor = _to_bf16(tl.div_rn(1.0, scale))
         e2 = (v2 * factor[:, :, None] >= 4.0).to(tl.int32)
         e3 = (v3 * factor[:, :, None, None] >= tl.where(e2 == 1, 4.0, 2.0)[:, :, :, None]).to(tl.int32)
@@ -435,7 +340,7 @@ def _encode_e6m2(
     second = tl.sum(e2 << (8 + at)[None, None, :], axis=2)
     third = e3 << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
     word = rounded - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
-    return t, _spread(scale[:, :, None, None] * _pow2(exponent), L, NB), word, amax
+    return t, _spread(scale[:, :, None, None] * pow2(exponent), L, NB), word, amax
 
 
 @triton.jit
@@ -449,7 +354,7 @@ def _decode_e6m2(word, L: tl.constexpr, NB: tl.constexpr):
     bits = (byte << 21) + 0x27800000
     bits = bits[:, :, None, None] + ((second[:, :, :, None] + third) << 23)
     bits = tl.where((byte == 0xFF)[:, :, None, None], _NAN, bits)
-    return _float(_spread(bits, L, NB))
+    return from_bits(_spread(bits, L, NB))
 
 
 @triton.jit
@@ -458,10 +363,10 @@ def _decode(stored, L: tl.constexpr, NB: tl.constexpr, SCALING: tl.constexpr):
     if SCALING == "e6m2":
         scale = _decode_e6m2(stored, L, NB)
     elif SCALING == "e8m0":
-        scale = _float(tl.where(stored == 0xFF, _NAN, _bits(_pow2(stored - 127))))[:, :, None]
+        scale = from_bits(tl.where(stored == 0xFF, _NAN, to_bits(pow2(stored - 127))))[:, :, None]
     else:
         # E4M3: its fields moved into fp32's, and the difference of the biases; subnormal numbers come out right too.
-        value = _float(((stored & 0x7F) << 20) | ((stored & 0x80) << 24)) * 1.329227995784916e36
+        value = from_bits(((stored & 0x7F) << 20) | ((stored & 0x80) << 24)) * 1.329227995784916e36
         scale = tl.where((stored & 0x7F) == 0x7F, float("nan"), value)[:, :, None]
     return scale
 
@@ -475,7 +380,7 @@ def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
         # 1.5 * 2**23 times the spacing around t: the sum is rounded to that spacing, ties to even.
-        magic = _float((_bits(tl.maximum(t, 1.0)) & _INF) + 0x0B400000)
+        magic = from_bits((to_bits(tl.maximum(t, 1.0)) & INF) + 0x0B400000)
         return (t + magic) - magic
     else:
         return tl.minimum(tl.floor(tl.fma(t, 1.0 / STEP, 0.5)), 7.0)  # the product is exact: STEP is a power of two
@@ -486,9 +391,9 @@ def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
     """The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact."""
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        exponent = _bits(tl.maximum(t, 1.0)) & _INF
-        gap, inverse = _float(exponent - 0x00800000), _float(0x7F800000 - exponent)
-        lower = tl.where(t < 1.0, tl.where(t < 0.5, 0.0, 0.5), _float(_bits(t) & -0x400000))
+        exponent = to_bits(tl.maximum(t, 1.0)) & INF
+        gap, inverse = from_bits(exponent - 0x00800000), from_bits(0x7F800000 - exponent)
+        lower = tl.where(t < 1.0, tl.where(t < 0.5, 0.0, 0.5), from_bits(to_bits(t) & -0x400000))
         return lower + tl.where(u < (t - lower) * inverse, gap, 0.0)
     else:
         t = tl.minimum(t * (1.0 / STEP), 7.0)
@@ -500,7 +405,7 @@ def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
 def _code(q, ELEMENT: tl.constexpr):
     """The three bits of a magnitude."""
     if ELEMENT == "e2m1":
-        return tl.where(q == 0.0, 0, tl.maximum((_bits(q) >> 22) - 252, 1))
+        return tl.where(q == 0.0, 0, tl.maximum((to_bits(q) >> 22) - 252, 1))
     else:
         return q.to(tl.int32)
 
@@ -509,7 +414,7 @@ def _code(q, ELEMENT: tl.constexpr):
 def _magnitude(code, ELEMENT: tl.constexpr):
     """The inverse of `_code`."""
     if ELEMENT == "e2m1":
-        return _float(code << 22) * 8.507059173023462e37  # as a number with exponent bias 1
+        return from_bits(code << 22) * 8.507059173023462e37  # as a number with exponent bias 1
     else:
         return code.to(tl.float32)
 
@@ -535,8 +440,8 @@ def _quantise(
     STOCHASTIC: tl.constexpr,
 ):
     """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite."""
-    bits = _bits(x).reshape([L, NB, BLOCK]) & 0x7FFFFFFF
-    mag = _float(bits)
+    bits = to_bits(x).reshape([L, NB, BLOCK]) & 0x7FFFFFFF
+    mag = from_bits(bits)
     if SCALING == "e6m2":
         t, scale, stored, amax = _encode_e6m2(mag, s_max, L, NB, TRUNCATION_FREE, STOCHASTIC)
     else:
@@ -552,7 +457,7 @@ def _quantise(
         q = _round_stochastic(t, u.reshape([L, NB, BLOCK]), ELEMENT, STEP)
     else:
         q = _round_nearest(t, ELEMENT, STEP)
-    return q, scale, stored, amax >= _INF
+    return q, scale, stored, amax >= INF
 
 
 # --- from a tile to its values ---------------------------------------------------------------------------------------
@@ -604,7 +509,7 @@ def _encode(
     """Read, transform and quantise a tile: the values before rounding [L, K], and what `_quantise` returns."""
     x = _read(x_ptr, p1, p2, p3, p4, width, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
     if HADAMARD:
-        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+        x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     u = x
     if STOCHASTIC:
         u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
@@ -670,7 +575,7 @@ def _fake_quantise(
     y = q * scale
     if FOLD:
         y = y * tl.load(ts_ptr)
-    y = _float(_bits(y).reshape([L, K]) ^ (_bits(x) & _SIGN))
+    y = from_bits(to_bits(y).reshape([L, K]) ^ (to_bits(x) & SIGN))
     _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
 
 
@@ -831,7 +736,7 @@ def quantize(
     )  # fmt: skip
     NB: tl.constexpr = K // BLOCK
     blocks = tl.cdiv(padded, BLOCK)  # of a lane, or of the run that was cut from one
-    code = _code(q, ELEMENT) | ((_bits(x) >> 28) & 8).reshape([L, NB, BLOCK])
+    code = _code(q, ELEMENT) | ((to_bits(x) >> 28) & 8).reshape([L, NB, BLOCK])
     code = tl.where(bad[:, :, None], 0, code).reshape([L, K // 8, 8])
     words = tl.sum(code << (4 * tl.arange(0, 8))[None, None, :], axis=2)
     stored = tl.where(bad, NAN, stored)
@@ -884,7 +789,7 @@ def dequantize(
 
     code = ((words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 15).reshape([L, NB, BLOCK])
     y = _magnitude(code & 7, ELEMENT) * (_decode(stored, L, NB, SCALING) * STEP)
-    y = _float(_bits(y) ^ ((code & 8) << 28))
+    y = from_bits(to_bits(y) ^ ((code & 8) << 28))
     if ts_ptr is not None:
         y = y * tl.load(ts_ptr)
     _store(y_ptr, y.reshape([L, K]), batch, lane0, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
@@ -919,9 +824,9 @@ def amax(
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
     if HADAMARD:
-        x = _hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
-    bits = _bits(x) & 0x7FFFFFFF
-    bits = tl.where(bits < _INF, bits, 0)
+        x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+    bits = to_bits(x) & 0x7FFFFFFF
+    bits = tl.where(bits < INF, bits, 0)
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
 
 
@@ -934,6 +839,6 @@ def tensor_scale(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constex
     while start < count:  # not range(): Triton's interpreter cannot count to a tensor under numpy 2.4
         most = tl.maximum(most, tl.load(partial_ptr + start + at, start + at < count, 0))
         start += CHUNK
-    amax = _float(tl.max(most, axis=0))
+    amax = from_bits(tl.max(most, axis=0))
     scale = tl.maximum(tl.div_rn(amax, TOP), LEAST)
     tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))
