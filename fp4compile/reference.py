@@ -1,0 +1,392 @@
+"""What each op computes, and the shape rule of its results: compositions of `codec`, plain torch on any device.
+
+    quantize(x, "hif4", 1)  ->  codec.quantize(produce(x), ...)    # behind a producer and a Hadamard transform, if any
+
+The rows of `ops` name them; the arguments are those of the ops' schemas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile import codec, rowwise
+from fp4compile.formats import FORMATS
+from fp4compile.hadamard import hadamard as hadamard_transform
+from fp4compile.producer import parse, produce
+
+
+def _ceil(size: Any, block: int) -> Any:
+    """size / block rounded up; keeps symbolic sizes symbolic."""
+    return (size + block - 1) // block
+
+
+def _axis(axis: int, ndim: int) -> int:
+    return axis + ndim if axis < 0 else axis
+
+
+def _transformed_shape(x: Tensor, axis: int, hadamard: int) -> list[Any]:
+    shape = list(x.shape)
+    if hadamard:
+        shape[_axis(axis, x.dim())] = _ceil(shape[axis], hadamard) * hadamard
+    return shape
+
+
+def _transform(x: Tensor, axis: int, hadamard: int, sign_seed: Tensor | None) -> Tensor:
+    return hadamard_transform(x, axis, hadamard, sign_seed) if hadamard else x
+
+
+def tensor_scale(
+    x: Tensor,
+    format: str,
+    axis: int = -1,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> Tensor:
+    """The scale of a whole tensor."""
+    x = produce(x, (p1, p2, p3, p4), producer)
+    return codec.tensor_scale(_transform(x, axis, hadamard, sign_seed), FORMATS[format])
+
+
+def quantize(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    block_2d: bool = False,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales."""
+    fmt = FORMATS[format]
+    t = _transform(x, axis, hadamard, sign_seed)
+    rule = fmt.rule(scale_rule)
+    return codec.quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, dtype or x.dtype)
+
+
+def quantize_fake(
+    x: Tensor, format: str, axis: int, *args: Any, block_2d: bool = False, hadamard: int = 0, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The shape rule of `quantize`."""
+    block_2d, hadamard = (args[2] if len(args) > 2 else block_2d), (args[6] if len(args) > 6 else hadamard)
+    fmt = FORMATS[format]
+    shape = _transformed_shape(x, axis, hadamard)
+    size = shape.pop(axis)
+    block = fmt.block_2d if block_2d and fmt.block_2d else fmt.block
+    blocks = _ceil(size, block)
+    codes = x.new_empty([*shape, blocks * (block // 2)], dtype=torch.uint8)
+    if block_2d:
+        shape[-1] = _ceil(shape[-1], block)
+    return codes, x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    axis: int,
+    size: int,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The values of codes and scales."""
+    return codec.dequantize(codes, scales, tensor_scale, FORMATS[format], axis, size, block_2d, dtype)
+
+
+def dequantize_fake(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    axis: int,
+    size: Any,
+    block_2d: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The shape rule of `dequantize`."""
+    shape = list(codes.shape[:-1])
+    shape.insert(_axis(axis, codes.dim()), size)
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def fake_quantize(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    block_2d: bool = False,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    fold: bool = True,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> Tensor:
+    """The values that codes and scales of x would have."""
+    fmt = FORMATS[format]
+    x = produce(x, (p1, p2, p3, p4), producer)
+    t = _transform(x, axis, hadamard, sign_seed)
+    rule = fmt.rule(scale_rule)
+    return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
+
+
+def _produced_dtype(x: Tensor, producer: str) -> torch.dtype:
+    return parse(producer).dtype if producer else x.dtype
+
+
+def fake_quantize_fake(
+    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, producer: str = "", **kwargs: Any
+) -> Tensor:
+    """The shape rule of `fake_quantize`."""
+    hadamard, producer = (args[6] if len(args) > 6 else hadamard), (args[13] if len(args) > 13 else producer)
+    return x.new_empty(_transformed_shape(x, axis, hadamard), dtype=_produced_dtype(x, producer))
+
+
+def fake_quantize_both(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    block_2d: Sequence[bool],
+    tensor_scale_0: Tensor | None = None,
+    tensor_scale_1: Tensor | None = None,
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+    fold: bool = True,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` along axis 0 and along axis 1."""
+    x = produce(x, (p1, p2, p3, p4), producer)
+    first, second = (
+        fake_quantize(x, format, axis, mode, scale_rule, squares, scale, seed, number, size, sign_seed, fold)
+        for axis, (mode, squares, scale, number, size) in enumerate(
+            zip(rounding, block_2d, (tensor_scale_0, tensor_scale_1), stream, hadamard, strict=True)
+        )
+    )
+    return first, second
+
+
+def fake_quantize_both_fake(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    *args: Any,
+    producer: str = "",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The shape rule of `fake_quantize_both`."""
+    dtype = _produced_dtype(x, args[10] if len(args) > 10 else producer)
+    first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(hadamard))
+    return first, second
+
+
+def hadamard_fake(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Tensor:
+    """The shape rule of `hadamard`."""
+    return x.new_empty(_transformed_shape(x, axis, size), dtype=torch.float32)
+
+
+def _dense(values: Tensor, scales: Tensor | None, format: str, k: int, block_2d: bool, dtype: torch.dtype) -> Tensor:
+    """An operand of `mm` in `dtype`, the contraction axis last."""
+    if not format:
+        return values.to(dtype)
+    assert scales is not None
+    return codec.dequantize(values, scales, None, FORMATS[format], -1, k, block_2d, dtype)
+
+
+def _product_dtype(a: Tensor, a_format: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, else that of dense values; packed codes have none of their own."""
+    return dtype or (torch.float32 if a_format else a.dtype)
+
+
+def mm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+    a_format: str = "",
+    b_format: str = "",
+    b_block_2d: bool = False,
+    k: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The GEMM of dense or packed operands: fp32 products and sums, tensor scales and bias on them, one rounding."""
+    left = _dense(a, a_scales, a_format, k, False, torch.float32)
+    right = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
+    out = left @ (right.mT if b_format else right)
+    for scale in (a_tensor_scale, b_tensor_scale):
+        out = out if scale is None else out * scale
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(_product_dtype(a, a_format, dtype))
+
+
+def mm_fake(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+    a_format: str = "",
+    b_format: str = "",
+    b_block_2d: bool = False,
+    k: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The shape rule of `mm`."""
+    columns = b.shape[-2] if b_format else b.shape[-1]
+    return a.new_empty([*a.shape[:-1], columns], dtype=_product_dtype(a, a_format, dtype))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed of stochastic rounding, from torch's generator of the device."""
+    return torch.randint(0, 2**32, (), dtype=torch.int64, device=device)
+
+
+def draw_seed_fake(device: torch.device) -> Tensor:
+    """The shape rule of `draw_seed`."""
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def quantize_rowwise(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> tuple[Tensor, ...]:
+    """FP8 values in rows, scales of rows, exponents of blocks, flags of rows (`rowwise`)."""
+    fmt, axis = FORMATS[format], _axis(axis, x.dim())
+    x = produce(x, (p1, p2, p3, p4), producer)
+    t = _transform(x, axis, hadamard, sign_seed)
+    return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream)
+
+
+def quantize_rowwise_fake(
+    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    """The shape rule of `quantize_rowwise`."""
+    shape = _transformed_shape(x, axis, args[4] if len(args) > 4 else hadamard)
+    size, block = shape.pop(axis), FORMATS[format].block
+    (rows,), blocks = shape, _ceil(size, block)
+    return (
+        x.new_empty([rows, blocks * block], dtype=torch.float8_e4m3fn),
+        x.new_empty([rows], dtype=torch.float32),
+        x.new_empty([blocks, rows], dtype=torch.uint8),
+        x.new_empty([_ceil(rows, rowwise.FLAGGED)], dtype=torch.uint8),
+    )
+
+
+def quantize_rowwise_both(
+    x: Tensor,
+    format: str,
+    rounding: Sequence[str],
+    scale_rule: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> tuple[Tensor, ...]:
+    """`quantize_rowwise` along axis 0, then along axis 1."""
+    x = produce(x, (p1, p2, p3, p4), producer)
+    rows = zip(rounding, scale_rule, stream, hadamard, strict=True)
+    made = (
+        quantize_rowwise(x, format, axis, mode, rule, seed, number, size, sign_seed)
+        for axis, (mode, rule, number, size) in enumerate(rows)
+    )
+    return tuple(tensor for four in made for tensor in four)
+
+
+def quantize_rowwise_both_fake(
+    x: Tensor,
+    format: str,
+    rounding: Sequence[str],
+    scale_rule: Sequence[str],
+    stream: Sequence[int],
+    hadamard: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """The shape rule of `quantize_rowwise_both`."""
+    made = (quantize_rowwise_fake(x, format, axis, hadamard=size) for axis, size in enumerate(hadamard))
+    return tuple(tensor for four in made for tensor in four)
+
+
+def mm_rowwise(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The GEMM of operands that `quantize_rowwise` made, from the exponents of their blocks."""
+    out = rowwise.dequantize(a, a_scale, a_exponents) @ rowwise.dequantize(b, b_scale, b_exponents).t()
+    return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
+
+
+def mm_rowwise_fake(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The shape rule of `mm_rowwise`."""
+    return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
