@@ -164,8 +164,7 @@ def get_backend(name: str) -> Backend:
 
 def _dispatcher(op_name: str, kernels: Sequence[Kernel]) -> Callable[..., Any]:
     """An op implementation that runs the first kernel that supports the call, else the reference."""
-    reference = OPS[op_name].reference
-    parameters = inspect.signature(reference).parameters.values()
+    reference, parameters = OPS[op_name].reference, OPS[op_name].signature.parameters.values()
     names = [p.name for p in parameters]
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 

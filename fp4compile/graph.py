@@ -59,19 +59,13 @@ VIEWS = {
 }
 
 # Ops that move values without changing them: looking through them finds where an operand comes from.
-MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+MOVES = VIEWS | {
     aten.permute.default,
     aten.t.default,
     aten.transpose.int,
-    aten.squeeze.dim,
     aten.squeeze.dims,
-    aten.unsqueeze.default,
     aten.expand.default,
     aten.clone.default,
-    aten.alias.default,
     aten.detach.default,
 }
 
@@ -184,6 +178,16 @@ def only_quantised(x: Node) -> bool:
     """Whether an elementwise op makes a tensor that nothing reads but quantisations: then it need not be kept."""
     root = below_views(x)
     return function_of(root) is not None and all(reader.target in QUANTISING for reader in readers(root))
+
+
+def stays_in_backward(quantisation: Node) -> bool:
+    """Whether a quantisation must not move to the forward: what it makes would be kept beside what it reads.
+
+    What nothing but quantisations reads is kept in its quantised form instead.
+    """
+    x = quantisation.args[0]
+    assert isinstance(x, Node)
+    return is_backward(quantisation) and not only_quantised(x)
 
 
 def digraph(graph: Graph) -> nx.DiGraph:

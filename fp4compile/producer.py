@@ -173,6 +173,11 @@ def parse(text: str) -> Producer:
     return Producer(layouts, steps)
 
 
+def produced_dtype(x: Tensor, text: str) -> torch.dtype:
+    """The dtype of what a producer makes of x and other operands; that of x where there is none."""
+    return parse(text).dtype if text else x.dtype
+
+
 def produce(x: Tensor, operands: Sequence[Tensor | None], text: str) -> Tensor:
     """The tensor that a producer makes of its operands; x itself where there is none.
 

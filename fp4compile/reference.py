@@ -16,7 +16,7 @@ from torch import Tensor
 from fp4compile import codec, rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
-from fp4compile.producer import parse, produce
+from fp4compile.producer import produce, produced_dtype
 
 
 def _ceil(size: Any, block: int) -> Any:
@@ -150,16 +150,12 @@ def fake_quantize(
     return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
 
 
-def _produced_dtype(x: Tensor, producer: str) -> torch.dtype:
-    return parse(producer).dtype if producer else x.dtype
-
-
 def fake_quantize_fake(
     x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, producer: str = "", **kwargs: Any
 ) -> Tensor:
     """The shape rule of `fake_quantize`."""
     hadamard, producer = (args[6] if len(args) > 6 else hadamard), (args[13] if len(args) > 13 else producer)
-    return x.new_empty(_transformed_shape(x, axis, hadamard), dtype=_produced_dtype(x, producer))
+    return x.new_empty(_transformed_shape(x, axis, hadamard), dtype=produced_dtype(x, producer))
 
 
 def fake_quantize_both(
@@ -204,7 +200,7 @@ def fake_quantize_both_fake(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """The shape rule of `fake_quantize_both`."""
-    dtype = _produced_dtype(x, args[10] if len(args) > 10 else producer)
+    dtype = produced_dtype(x, args[10] if len(args) > 10 else producer)
     first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(hadamard))
     return first, second
 

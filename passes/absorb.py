@@ -222,7 +222,7 @@ def _alone(made: dict[Node, tuple[list[Node], Producer]]) -> dict[Node, tuple[li
         for operand, layout in zip(operands, producer.layouts, strict=True):
             if layout == "full":
                 roots[is_backward(consumer), operand].add(below_views(cast(Node, consumer.args[0])))
-    shared = {operand for operand, readers in roots.items() if len(readers) > 1}
+    shared = {read for read, makers in roots.items() if len(makers) > 1}
     return {
         consumer: found
         for consumer, found in made.items()

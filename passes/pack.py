@@ -22,7 +22,7 @@ from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call, fake_quantized, merge_equal, size_of
 
 aten = torch.ops.aten
-FAKE_QUANTIZE, QUANTIZE, MM = (OPS[name].overload for name in ("fake_quantize", "quantize", "mm"))
+QUANTIZE, MM = OPS["quantize"].overload, OPS["mm"].overload
 _GEMMS = (aten.mm.default, aten.addmm.default, MM)
 
 
@@ -41,7 +41,7 @@ def _packed(graph: Graph, fake: Node, side: str) -> tuple[Node, dict[str, Any]]:
     return codes, described
 
 
-def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
+def _rewrite(graph: Graph, site: Site, context: Context, kernels: set[str]) -> bool:
     node = site.node
     a, b = _operands(node)
     left = fake_quantized(a, 1)
@@ -59,7 +59,7 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
             b, described = _packed(graph, right, "b")
             options |= described
         gemm = call(graph, MM, (codes, b), node, **options)
-    if context.kernel(gemm)[0] not in {kernel.name for kernel in context.backend.kernels if kernel.packed}:
+    if context.kernel(gemm)[0] not in kernels:
         graph.erase_node(gemm)  # what else was inserted is dead now
         return False
     site.replace(gemm)
@@ -76,8 +76,9 @@ class Pack:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        if not any(kernel.packed and kernel.device == context.device for kernel in context.backend.kernels):
+        kernels = {k.name for k in context.backend.kernels if k.packed and k.device == context.device}
+        if not kernels:
             return 0
-        done = sum(_rewrite(graph, site, context) for site in context.sites if site.node.target in _GEMMS)
+        done = sum(_rewrite(graph, site, context, kernels) for site in context.sites if site.node.target in _GEMMS)
         graph.eliminate_dead_code()
         return done and done + merge_equal(graph, lambda node: node.target in (QUANTIZE, operator.getitem))

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
-from fp4compile.graph import is_backward, only_quantised
+from fp4compile.graph import stays_in_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call
@@ -38,8 +38,7 @@ def _pairs(graph: Graph) -> Iterator[tuple[Node, Node]]:
     for node in graph.find_nodes(op="call_function", target=_ONE, sort=True):
         given = arguments(node)
         if given["x"].meta["val"].dim() == 2:
-            half = not only_quantised(given["x"]) and is_backward(node)
-            key = given["x"], half, *(given[name] for name in _SHARED)
+            key = given["x"], stays_in_backward(node), *(given[name] for name in _SHARED)
             found[key].setdefault(given["axis"] % 2, node)
     for by_axis in found.values():
         seeds = {seed for node in by_axis.values() if (seed := arguments(node)["seed"]) is not None}

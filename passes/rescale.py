@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4compile import rowwise
 from fp4compile.formats import FORMATS
-from fp4compile.graph import GEMM_OPS, Site, is_backward, only_quantised
+from fp4compile.graph import GEMM_OPS, Site, stays_in_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call, fake_quantized
@@ -97,9 +97,7 @@ class _Rewriter:
         """Quantise along both axes at once where that needs no more memory; the number of pairs."""
         found: dict[Any, list[Node]] = defaultdict(list)
         for node in self.graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
-            # What the backward reads instead of a tensor that is nowhere else read costs no memory.
-            half = not only_quantised(cast(Node, node.args[0])) and is_backward(node)
-            found[node.args[0], node.args[1], half].append(node)
+            found[node.args[0], node.args[1], stays_in_backward(node)].append(node)
         return sum(map(self._pair, found.values()))
 
     def _pair(self, nodes: Sequence[Node]) -> bool:

@@ -24,7 +24,7 @@ from fp4compile.backends.triton.launch import Launch, ceil_div, power_of_two, ro
 from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
-from fp4compile.producer import MOST_OPERANDS, parse
+from fp4compile.producer import MOST_OPERANDS, produced_dtype
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
 DTYPES = checks.DTYPES
@@ -277,7 +277,7 @@ def plan_fake_quantize(
     """The launch of the op `fake_quantize` on a contiguous x, the arguments of this call, and its result."""
     axis %= x.dim()
     own = (("FOLD", fold and tensor_scale is not None), *_producing(x.shape, producer).items())
-    dtype = parse(producer).dtype if producer else x.dtype
+    dtype = produced_dtype(x, producer)
     launch = _quantizing("fake_quantize", x.shape, dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
     y = x.new_empty(_transformed(x.shape, axis, hadamard), dtype=dtype)
     return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **contiguously(operands), "y_ptr": y}, y
@@ -449,7 +449,7 @@ def plan_fake_quantize_both(
     if unlike or arithmetic_bounds(rounding, hadamard):
         return None
     folded = fold and tensor_scale_0 is not None
-    dtype = parse(producer).dtype if producer else x.dtype
+    dtype = produced_dtype(x, producer)
     launch = _quantizing_both(x.shape, dtype, format, scale_rule, tuple(hadamard), tuple(block_2d), folded, producer)
     if launch is None:
         return None

@@ -24,7 +24,7 @@ from fp4compile.backends.triton.codec import contiguously, encoder, padded_size,
 from fp4compile.backends.triton.launch import Launch, capturing, ceil_div, lasting_zeros, power_of_two, run, signed
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
-from fp4compile.producer import parse
+from fp4compile.producer import produced_dtype
 from fp4compile.rowwise import FLAGGED, GROUP, RUNS
 
 
@@ -209,7 +209,7 @@ def _quantize(
     **operands: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x = x.detach().contiguous()
-    dtype = parse(producer).dtype if producer else x.dtype
+    dtype = produced_dtype(x, producer)
     planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer)
     (window, quantize), results = arguments_of(planned, x, seed, sign_seed, **operands)
     run(planned.window, window, x.device)

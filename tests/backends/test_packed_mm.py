@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -28,18 +24,12 @@ from fp4compile.backends.triton.packed import CUTS, Cut
 from fp4compile.codec import tensor_scale
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
+from tests.gpu import interpret_apart, needs_gpu, needs_triton
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("hif4", "mxfp4", "nvfp4")
 (KERNEL,) = (kernel for kernel in table.KERNELS if kernel.name == "triton/packed_mm")
 HOPPER = {"multiprocessors": 132, "shared": 227 * 1024}
 NAN = {"hif4": 0xFF, "mxfp4": 0xFF, "nvfp4": 0x7F}
-
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -142,23 +132,15 @@ def interpret(every: int) -> None:
         assert_rounded_once(multiplied(given, cut, plain=True, dtype=torch.float32), given)
 
 
-def _interpret_apart(every: int) -> None:
-    # Triton decides when it is imported whether it compiles or interprets.
-    code = f"from tests.backends.test_packed_mm import interpret; interpret({every})"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @needs_triton
 def test_the_interpreter_agrees_with_the_reference() -> None:
-    _interpret_apart(7)
+    interpret_apart(__name__, 7)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_interpreter_agrees_with_the_reference_on_every_cut() -> None:
-    _interpret_apart(1)
+    interpret_apart(__name__, 1)
 
 
 _POINTERS = {

@@ -5,9 +5,6 @@ Without a GPU the interpreter runs some of the ops' samples and every kind of ke
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -25,7 +22,6 @@ from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
 from tests.backends.test_triton_kernels import (
-    ROOT,
     SM_100,
     arguments,
     assert_exact,
@@ -33,9 +29,8 @@ from tests.backends.test_triton_kernels import (
     compiled,
     meta,
     moved,
-    needs_gpu,
-    needs_triton,
 )
+from tests.gpu import interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
@@ -291,23 +286,15 @@ def interpret_exact() -> None:
     assert rowwise.COUNTS[out.device].tolist() == [6, 8]
 
 
-def _interpret_apart(every: int) -> None:
-    # Triton decides when it is imported whether it compiles or interprets.
-    code = f"from tests.backends.test_rowwise import interpret; interpret({every})"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @needs_triton
 def test_the_interpreter_has_the_oracles_bits() -> None:
-    _interpret_apart(17)
+    interpret_apart(__name__, 17)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_interpreter_has_the_oracles_bits_on_every_sample() -> None:
-    _interpret_apart(1)
+    interpret_apart(__name__, 1)
 
 
 AXES: dict[str, tuple[int, ...]] = {"columns": (0,), "rows": (1,), "both": (0, 1)}

@@ -14,12 +14,9 @@ from torch import Tensor
 from fp4compile.backend import No
 from fp4compile.backends.triton import gemm
 from fp4compile.ops import OPS
+from tests.gpu import needs_gpu
 from tests.helpers import randn
 
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 _BY_NUMBER = {number: dtype for dtype, number in gemm._DTYPES.items()}
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,18 +24,12 @@ from fp4compile.backends.triton import codec, launch
 from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
 from fp4compile.producer import FUNCTIONS
+from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == codec.__name__}
 NAMES = ("hif4", "mxfp4", "nvfp4")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def arguments(op: str, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,23 +224,15 @@ def interpret(every: int) -> None:
             check_interpreted(op, sample)
 
 
-def _interpret_apart(every: int) -> None:
-    # Triton decides when it is imported whether it compiles or interprets.
-    code = f"from tests.backends.test_triton_kernels import interpret; interpret({every})"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @needs_triton
 def test_the_interpreter_has_the_references_bits() -> None:
-    _interpret_apart(61)
+    interpret_apart(__name__, 61)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_interpreter_has_the_references_bits_on_every_sample() -> None:
-    _interpret_apart(1)
+    interpret_apart(__name__, 1)
 
 
 _TYPES = {

@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 
 import fp4compile
 from tests.compile.common import LlamaBlock, Step, build, compiled, randn, relative
+from tests.gpu import needs_gpu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = needs_gpu
 
 PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
 RECIPES = (*PLAIN, "hif4", "mxfp4", "nvfp4")
