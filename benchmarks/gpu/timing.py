@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,12 +17,17 @@ SLOWEST_CALL = 10.0
 _LEAST_ROUNDS = 3
 
 
-def turns(runs: Sequence[Run], rounds: int, seconds: float) -> list[list[float]]:
-    """Milliseconds of every run in every round.
+def turns(runs: Sequence[Run], rounds: int, seconds: float, calls: int = 1) -> list[list[float]]:
+    """Milliseconds of a call of every run in every round.
 
-    The runs take turns, each round begins with another one, and nothing is waited for within a round, so that the
-    host is ahead of the device. The run that starts a round is made once more before it, untimed: it finds the device
-    idle, and its time would be that of its launches.
+    In a turn a run is called `calls` times untimed, then as often timed, back to back. A device under load lowers its
+    clock to keep to its power and temperature, and takes about a tenth of a second to settle: what follows a hungry
+    neighbour at once is timed at the neighbour's clock. (One call a turn in a fixed order made the training step behind
+    BF16's 5 ms longer than its kernels.) The order is drawn anew for every round, from a fixed seed, so that what is
+    left of the neighbour's influence falls on everybody.
+
+    Nothing is waited for within a round, so that the host is ahead of the device, and the untimed calls hide the first
+    launches on an idle device.
 
     Args:
         seconds: no round begins after them, once there were three.
@@ -29,23 +35,27 @@ def turns(runs: Sequence[Run], rounds: int, seconds: float) -> list[list[float]]
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
-    if not runs:
-        return times
+    shuffled = random.Random(0)
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        order = [(number + i) % len(runs) for i in range(len(runs))]
-        runs[order[0]]()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
-        marks[0].record()
-        for index, mark in zip(order, marks[1:], strict=True):
-            runs[index]()
-            mark.record()
+        marks: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        for index in shuffled.sample(range(len(runs)), len(runs)):
+            _called(runs[index], calls)
+            marks[index] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks[index][0].record()
+            _called(runs[index], calls)
+            marks[index][1].record()
         torch.cuda.synchronize()
-        for index, before, after in zip(order, marks, marks[1:], strict=False):
-            times[index].append(before.elapsed_time(after))
+        for index, (before, after) in marks.items():
+            times[index].append(before.elapsed_time(after) / calls)
     return times
+
+
+def _called(run: Run, calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def once(run: Run) -> float:

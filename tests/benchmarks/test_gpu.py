@@ -29,7 +29,7 @@ TINY = Shape(dim=64, hidden=128, heads=4, kv_heads=2, layers=3, vocabulary=40)
 Run = Callable[[], object]
 
 
-def turns(runs: Sequence[Run], rounds: int, seconds: float) -> list[list[float]]:
+def turns(runs: Sequence[Run], rounds: int, seconds: float, calls: int = 1) -> list[list[float]]:
     """Every run once; made-up times, 1 ms for the first, 2 ms for the second, …"""
     for run in runs:
         run()
@@ -160,9 +160,18 @@ def test_turns_give_every_run_its_own_time(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    times = timing.turns([work("a", 1.0), work("b", 2.0), work("c", 4.0)], 4, 60.0)
+    runs = [work("a", 1.0), work("b", 2.0), work("c", 4.0)]
+    times = timing.turns(runs, 4, 60.0, calls=3)
     assert times == [[1.0] * 4, [2.0] * 4, [4.0] * 4]
-    assert "".join(made_calls) == "abc" + "aabc" + "bbca" + "ccab" + "aabc"
+    played = "".join(made_calls)
+    assert played[:3] == "abc"
+    rounds = [played[at : at + 18] for at in range(3, len(played), 18)]
+    # Every turn is three untimed and three timed calls of one run; orders differ, and are the same every time.
+    assert all(sorted(each[::6]) == ["a", "b", "c"] and each == "".join(c * 6 for c in each[::6]) for each in rounds)
+    assert len(rounds) == 4 and len(set(rounds)) > 1
+    made_calls.clear()
+    timing.turns(runs, 4, 60.0, calls=3)
+    assert "".join(made_calls) == played
     assert [len(found) for found in timing.turns([work("a", 1.0)], 9, 0.0)] == [3]  # the least, whatever the time
 
 
@@ -464,6 +473,12 @@ def test_recommended_recipes_are_held_against_their_plain_form() -> None:
     assert rows["mxfp4, step"].bar == Bar("≤", pytest.approx(0.75)) and rows["mxfp4, step"].holds
     assert rows["hif4, step"].bar is None  # without its plain form
     assert rows["mxfp4-plain, peak memory"].holds and rows["mxfp4, peak memory"].holds is False
+
+
+def test_a_step_that_the_host_cannot_keep_up_with_is_named() -> None:
+    rows = [Row("a, step", 40.0, details={"host ms": 37.0}), Row("b, step", 40.0, details={"host ms": 24.0})]
+    (note,) = train.host_bound([*rows, Row("a, peak memory", 4.0)])
+    assert note.startswith("a, step: enqueued in 37.0 ms")
 
 
 @pytest.mark.slow
