@@ -222,10 +222,14 @@ class TestOnGpu:
         left, right = quantized(a), quantized(b)
         assert left[3].any() and right[3].any()
         got = KERNELS["mm_rowwise"].run(**operands(left, right), dtype=torch.bfloat16, bias=None).double()
-        expected = ops.fake_quantize(a, "mxfp4", 1).double() @ ops.fake_quantize(b, "mxfp4", 1).double().T
-        for part in (got - expected)[5], (got - expected)[:, 190]:
-            assert part.norm() < 2.5e-3 * expected.norm(dim=1).max()
-        assert ((got - expected).norm(dim=1) < 2.5e-3 * expected.norm(dim=1)).all()
+        x, y = (ops.fake_quantize(each, "mxfp4", 1).double() for each in (a, b))
+        expected = x @ y.T
+        # One rounding to bf16 (half of its 2**-7), and 4096 fp32 additions of which each may cut off the last bit.
+        bound = 2.0**-8 * expected.abs() + 4096 * 2.0**-23 * (x.abs() @ y.abs().T)
+        good = (got - expected).abs() <= bound
+        assert good[:16].all() and good[:, 176:].all()  # the groups of the flagged row and column
+        rest = (got - expected)[16:, :176]
+        assert rest.norm() < 2.5e-3 * expected[16:, :176].norm()
         assert rowwise.COUNTS[a.device].tolist() == [before[0] + 1, before[1] + 1]
 
     def test_a_training_step_runs_on_the_kernels(self) -> None:
