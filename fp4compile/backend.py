@@ -54,6 +54,7 @@ class Kernel:
         run: takes the op's arguments by name; must agree with the op's reference bit for bit where it quantises.
         supports: reads the same arguments (tensors may be fake: shapes, dtypes and devices only) and answers.
         packed: whether it multiplies packed operands as they are, so that packing for it is worth while.
+        available: whether this machine runs it at all, whatever the call; `supports` says no where it does not.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kernel:
     run: Callable[..., Any]
     supports: Callable[[Mapping[str, Any]], Answer]
     packed: bool = False
+    available: Callable[[], Answer] = Yes
 
 
 class Backend(ABC):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fp4compile.backend import Yes
 from fp4compile.graph import GEMM_OPS, Site
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
@@ -76,7 +77,8 @@ class Pack:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        kernels = {k.name for k in context.backend.kernels if k.packed and k.device == context.device}
+        candidates = (k for k in context.backend.kernels if k.packed and k.device == context.device)
+        kernels = {k.name for k in candidates if isinstance(k.available(), Yes)}
         if not kernels:
             return 0
         done = sum(_rewrite(graph, site, context, kernels) for site in context.sites if site.node.target in _GEMMS)

@@ -147,11 +147,14 @@ def _kernel(
         reasons = (check(arguments) for check in required)
         return next((No(reason) for reason in reasons if reason is not None), Yes())
 
-    def supports(arguments: Mapping[str, Any]) -> Answer:
-        here = available(least)
-        return here if isinstance(here, No) else checked(arguments)
+    def here() -> Answer:
+        return available(least)
 
-    return Kernel(name, op, "cuda", run, supports, packed)
+    def supports(arguments: Mapping[str, Any]) -> Answer:
+        answer = here()
+        return answer if isinstance(answer, No) else checked(arguments)
+
+    return Kernel(name, op, "cuda", run, supports, packed, here)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import No
-from fp4compile.backends.triton.launch import current
+from fp4compile.backends.triton.launch import current, kept_zeros
 
 # Of cublas_api.h and library_types.h.
 _TRANSPOSED = {False: 0, True: 1}
@@ -92,10 +92,14 @@ def _checked(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name} returned status {status}")
 
 
+# device -> 0.0 in fp32, the beta of every call.
+_ZEROS: dict[torch.device, Tensor] = {}
+
+
 def _gemm(a: Tensor, b: Tensor, alpha: Tensor, y: Tensor) -> None:
     """y = alpha * (a @ b), y row-major; for cuBLAS, which counts by columns, y.T = alpha * (b.T @ a.T)."""
     (a, a_transposed, a_stride), (b, b_transposed, b_stride) = _matrix(a), _matrix(b)
-    beta = torch.zeros_like(alpha)
+    beta = kept_zeros(_ZEROS, 1, torch.float32, a.device)
     dtype, handle, mode = _DTYPES[a.dtype], torch.cuda.current_blas_handle(), _int()
     _checked("cublasGetMathMode", handle, mode)
     try:

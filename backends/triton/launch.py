@@ -130,6 +130,16 @@ def lasting_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor
         return thread.submit(allocate).result()
 
 
+def kept_zeros(kept: dict[torch.device, Tensor], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The zeros of a device, made with the first call and kept; a graph captured before that has its own."""
+    found = kept.get(device)
+    if found is None:
+        if capturing(device):
+            return torch.zeros(size, dtype=dtype, device=device)
+        found = kept.setdefault(device, lasting_zeros(size, dtype, device))
+    return found
+
+
 # --- integers --------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
 from fp4compile.backends.triton.codec import contiguously, encoder, padded_size, transform
-from fp4compile.backends.triton.launch import Launch, capturing, ceil_div, lasting_zeros, power_of_two, run, signed
+from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, run, signed
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
 from fp4compile.producer import produced_dtype
@@ -259,13 +259,7 @@ COUNTS: dict[torch.device, Tensor] = {}
 
 
 def _counts(device: torch.device) -> Tensor:
-    """Those of a device. A graph that is captured before any other GEMM ran counts for itself."""
-    found = COUNTS.get(device)
-    if found is None:
-        if capturing(device):
-            return torch.zeros(2, dtype=torch.int64, device=device)
-        found = COUNTS.setdefault(device, lasting_zeros(2, torch.int64, device))
-    return found
+    return kept_zeros(COUNTS, 2, torch.int64, device)
 
 
 # Few rows are flagged, if any: many programs with little each. Elements of a chunk, parts that share the flagged

@@ -72,6 +72,7 @@ class Cublas:
     def __init__(self) -> None:
         self.pointer_mode, self.math_mode = 0, 5
         self.status = self.status_of_mode = 0
+        self.zeros: list[int] = []
 
     def cublasSetPointerMode_v2(self, handle: int, mode: int) -> int:
         self.pointer_mode = mode
@@ -93,6 +94,7 @@ class Cublas:
         right = _read(b, b_type, n, k, ldb).t() if transb else _read(b, b_type, k, n, ldb)
         scale, rest = (_read(address, 0, 1, 1, 1) for address in (alpha, beta))
         assert rest.item() == 0
+        self.zeros.append(beta)
         _read(c, c_type, m, n, ldc).copy_(scale * (left.float() @ right.float()))
         return self.status
 
@@ -115,6 +117,13 @@ def test_layouts_are_read_in_place(cublas: Cublas, a_layout: str, b_layout: str,
     assert (cublas.pointer_mode, cublas.math_mode) == (0, 5)
     for x, layout in ((a, a_layout), (b, b_layout)):
         assert (gemm._matrix(x)[0] is x) == (layout != "every second")
+
+
+def test_the_zero_is_made_once(cublas: Cublas) -> None:
+    a, b = operand(5, 16, "rows", torch.bfloat16, 0), operand(16, 24, "rows", torch.bfloat16, 1)
+    gemm.mm(**arguments(a, b, a_tensor_scale=SCALE))
+    gemm.mm(**arguments(a, b, b_tensor_scale=OTHER))
+    assert cublas.zeros == [gemm._ZEROS[a.device].data_ptr()] * 2
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

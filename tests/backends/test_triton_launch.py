@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile.backends.triton import launch, packed, rowwise
+from fp4compile.backends.triton import launch, packed
 from fp4compile.backends.triton.launch import Launch
 
 CPU = torch.device("cpu")
@@ -91,16 +91,16 @@ def test_lasting_memory_comes_from_another_thread(monkeypatch: pytest.MonkeyPatc
     assert not found.is_inference()
 
 
-def test_counts_of_gemms_are_kept_but_for_those_of_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "COUNTS", {})
-    monkeypatch.setattr(rowwise, "capturing", lambda device: True)
-    assert rowwise._counts(CPU).tolist() == [0, 0]
-    assert not rowwise.COUNTS
-    monkeypatch.setattr(rowwise, "capturing", lambda device: False)
-    kept = rowwise._counts(CPU)
-    assert rowwise.COUNTS.get(CPU) is kept
-    monkeypatch.setattr(rowwise, "capturing", lambda device: True)
-    assert rowwise._counts(CPU) is kept
+def test_zeros_are_kept_but_for_those_of_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[torch.device, Tensor] = {}
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    assert launch.kept_zeros(kept, 2, torch.int64, CPU).tolist() == [0, 0]
+    assert not kept
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    found = launch.kept_zeros(kept, 2, torch.int64, CPU)
+    assert kept == {CPU: found}
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    assert launch.kept_zeros(kept, 2, torch.int64, CPU) is found
 
 
 def test_counts_of_parts_are_plain_zeros_off_the_gpu() -> None:

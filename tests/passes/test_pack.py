@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,19 @@ def test_the_activation_of_a_packed_weight_is_packed() -> None:
     assert [node.kwargs["a_format"] for node in found.calls("mm")] == ["mxfp4", "mxfp4"]
     for got, want in zip(found.execute(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_tried_for_a_machine_without_the_kernel() -> None:
+    def never(arguments: object) -> Answer:
+        raise AssertionError("asked")
+
+    found = captured("nvfp4-plain").until("fuse")
+    backend = Claims(mm=never)
+    backend.kernels = tuple(replace(kernel, available=lambda: No("another machine")) for kernel in backend.kernels)
+    found.context.backend = backend
+    before = found.text
+    assert found.run("pack") == 0
+    assert found.text == before
 
 
 def test_a_declined_gemm_stays() -> None:
