@@ -18,8 +18,6 @@ import torch
 from torch.fx import Graph, Node
 
 from fp4compile.errors import RewriteError
-from fp4compile.ops import QUANTISING
-from fp4compile.producer import function_of
 from fp4compile.recipe import OPERANDS, Operand, Role
 from fp4compile.report import Status
 
@@ -172,22 +170,6 @@ def readers(node: Node) -> Iterator[Node]:
 def is_backward(node: Node) -> bool:
     """Whether a node of a joint graph belongs to the backward."""
     return "backward" in node.meta.get("partitioner_tag", "")
-
-
-def only_quantised(x: Node) -> bool:
-    """Whether an elementwise op makes a tensor that nothing reads but quantisations: then it need not be kept."""
-    root = below_views(x)
-    return function_of(root) is not None and all(reader.target in QUANTISING for reader in readers(root))
-
-
-def stays_in_backward(quantisation: Node) -> bool:
-    """Whether a quantisation must not move to the forward: what it makes would be kept beside what it reads.
-
-    What nothing but quantisations reads is kept in its quantised form instead.
-    """
-    x = quantisation.args[0]
-    assert isinstance(x, Node)
-    return is_backward(quantisation) and not only_quantised(x)
 
 
 def digraph(graph: Graph) -> nx.DiGraph:

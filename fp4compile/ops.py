@@ -164,8 +164,6 @@ for _op in _ROWS:
     torch.library.register_fake(f"fp4compile::{_op.name}", _op.fake, lib=LIBRARY)
 
 BY_OVERLOAD: Mapping[Any, Op] = MappingProxyType({op.overload: op for op in _ROWS})
-# Ops that read a tensor x only to quantise it.
-QUANTISING = frozenset(op.overload for op in _ROWS if op.name != "hadamard" and "x" in op.signature.parameters)
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,16 +7,17 @@
     fake_quantize(%gate, 'hif4', 1, p1=%up, producer='full full: t0 = cast.float32(a0); ...')
 
 It happens where quantisations are the only readers of the tensor, so that the tensor itself is never written, and
-where one op per half of the step quantises it, so that it is not computed twice. Tensors that one kernel makes from one
-read, as the gradients of both inputs of a SwiGLU, are left to it. A value on the way that others read
-too is written in any case: it is read, not computed again, unless a single tensor and statistics of its rows make it.
-Norms are absorbed behind their statistics, which stay reductions of their own.
+where one op per half of the step quantises it, so that it is not computed twice in one. The backward computes it again
+from tensors that it has anyway: of an activation in front of a projection neither the result is kept nor a quantised
+form. Tensors that one kernel makes from one read, as the gradients of both inputs of a SwiGLU, are left to it. A value
+on the way that others read too is written in any case: it is read, not computed again, unless a single tensor and
+statistics of its rows make it. Norms are absorbed behind their statistics, which stay reductions of their own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -64,6 +65,17 @@ def _full_size_below(graph: Graph) -> dict[Node, frozenset[Node]]:
 
 def _same_size(a: Node, b: Node) -> bool:
     return statically_known_true(a.meta["val"].numel() == b.meta["val"].numel())
+
+
+def _kept(graph: Graph) -> set[Node]:
+    """Tensors of the forward that the backward has, whatever this pass does: it reads them in another op than a
+    quantisation, or what elementwise ops make of them."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        others = (reader for reader in readers(node) if reader.target not in _ABSORBING)
+        if node.op == "placeholder" or any(is_backward(r) or (r in found and function_of(r)) for r in others):
+            found.add(node)
+    return found
 
 
 @dataclass
@@ -160,7 +172,7 @@ def _check_readers(root: Node, tensors: int) -> None:
             raise _Refused(f"{len(inside)} ops would compute {root} from {tensors} tensors")
 
 
-def _producer(x: Node, below: Mapping[Node, frozenset[Node]]) -> tuple[list[Node], Producer]:
+def _producer(x: Node, below: Mapping[Node, frozenset[Node]], kept: Set[Node]) -> tuple[list[Node], Producer]:
     """Operands and producer of a tensor that only quantisations read."""
     root = below_views(x)
     function = function_of(root)
@@ -169,7 +181,12 @@ def _producer(x: Node, below: Mapping[Node, frozenset[Node]]) -> tuple[list[Node
     rows, columns = x.meta["val"].shape
     builder = _Builder(rows, columns, below)
     builder.step(root, function)
-    _check_readers(root, builder.layouts.count("full"))
+    full = [node for node, layout in zip(builder.operands, builder.layouts, strict=True) if layout == "full"]
+    _check_readers(root, len(full))
+    if not is_backward(root) and any(map(is_backward, readers(root))):
+        dropped = [str(node) for node in full if node not in kept]
+        if dropped:
+            raise _Refused(f"the backward would have to keep {', '.join(dropped)} for it")
     return builder.build()
 
 
@@ -194,6 +211,8 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
             matrix = _as_matrix(graph, first, x)
     except _Refused:
         return False
+    if matrix is not first and "partitioner_tag" in consumer.meta:  # else it is no joint graph
+        matrix.meta["partitioner_tag"] = consumer.meta["partitioner_tag"]  # where it stands, not where x was made
     consumer.update_arg(0, matrix)
     for i, operand in enumerate(others, 1):
         consumer.update_kwarg(f"p{i}", operand)
@@ -207,27 +226,25 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
     return False
 
 
-def _made(consumer: Node, below: Mapping[Node, frozenset[Node]]) -> tuple[list[Node], Producer] | None:
+def _made(consumer: Node, below: Mapping[Node, frozenset[Node]], kept: Set[Node]) -> tuple[list[Node], Producer] | None:
     try:
-        return _producer(cast(Node, consumer.args[0]), below)
+        return _producer(cast(Node, consumer.args[0]), below, kept)
     except _Refused:
         return None
 
 
 def _alone(made: dict[Node, tuple[list[Node], Producer]]) -> dict[Node, tuple[list[Node], Producer]]:
-    """Without producers that read a tensor which another one reads in the same half: one kernel makes both from one
+    """Without producers that read a tensor which another one of the same half reads: one kernel makes both from one
     read, as the gradients of both inputs of a SwiGLU."""
     roots: defaultdict[tuple[bool, Node], set[Node]] = defaultdict(set)
+    reads: dict[Node, list[tuple[bool, Node]]] = {}
     for consumer, (operands, producer) in made.items():
-        for operand, layout in zip(operands, producer.layouts, strict=True):
-            if layout == "full":
-                roots[is_backward(consumer), operand].add(below_views(cast(Node, consumer.args[0])))
-    shared = {read for read, makers in roots.items() if len(makers) > 1}
-    return {
-        consumer: found
-        for consumer, found in made.items()
-        if not any((is_backward(consumer), operand) in shared for operand in found[0])
-    }
+        root = below_views(cast(Node, consumer.args[0]))
+        full = (o for o, layout in zip(operands, producer.layouts, strict=True) if layout == "full")
+        reads[consumer] = [(is_backward(root), operand) for operand in full]
+        for read in reads[consumer]:
+            roots[read].add(root)
+    return {c: found for c, found in made.items() if all(len(roots[read]) == 1 for read in reads[c])}
 
 
 @dataclass(frozen=True)
@@ -242,6 +259,6 @@ class Absorb:
         graph = graph_module.graph
         consumers = [n for n in graph.nodes if n.target in _ABSORBING and "producer" not in n.kwargs]
         # All are decided before the first is absorbed: from then on its readers no longer show.
-        below = _full_size_below(graph) if consumers else {}
-        made = _alone({consumer: found for consumer in consumers if (found := _made(consumer, below))})
+        below, kept = (_full_size_below(graph), _kept(graph)) if consumers else ({}, set())
+        made = _alone({consumer: found for consumer in consumers if (found := _made(consumer, below, kept))})
         return sum(_absorb(graph, consumer, found, context) for consumer, found in made.items())

@@ -7,8 +7,7 @@
     %g0, %g1 = getitem(%both, 0), getitem(%both, 1)
 
 Only where the backend has a kernel for it, and within one half of the joint graph: across both, what the backward
-reads would have to be kept from the forward on. That costs nothing for a tensor that nothing else reads, as the input
-of a projection behind a norm or an activation: its quantised form is kept in its place.
+reads would have to be kept from the forward on.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
-from fp4compile.graph import stays_in_backward
+from fp4compile.graph import is_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call
@@ -38,7 +37,7 @@ def _pairs(graph: Graph) -> Iterator[tuple[Node, Node]]:
     for node in graph.find_nodes(op="call_function", target=_ONE, sort=True):
         given = arguments(node)
         if given["x"].meta["val"].dim() == 2:
-            key = given["x"], stays_in_backward(node), *(given[name] for name in _SHARED)
+            key = given["x"], is_backward(node), *(given[name] for name in _SHARED)
             found[key].setdefault(given["axis"] % 2, node)
     for by_axis in found.values():
         seeds = {seed for node in by_axis.values() if (seed := arguments(node)["seed"]) is not None}

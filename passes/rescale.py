@@ -6,8 +6,7 @@
     %w8, %w_scale, %w_exponents, %w_flags = quantize_rowwise(%w, 'mxfp4', 1)
     mm_rowwise(%x8, %x_scale, ..., %w8, %w_scale, ..., dtype)
 
-A tensor that one half of the step wants along both axes, as dgrad and wgrad want the gradient, is read once; and so is
-one that forward and wgrad want, if nothing else reads it: its quantised form is then kept for the backward, not itself.
+A tensor that one half of the step wants along both axes, as dgrad and wgrad want the gradient, is read once.
 
     quantize_rowwise(%dy, ..., 0), quantize_rowwise(%dy, ..., 1)  ->  quantize_rowwise_both(%dy, ...)
 """
@@ -25,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4compile import rowwise
 from fp4compile.formats import FORMATS
-from fp4compile.graph import GEMM_OPS, Site, stays_in_backward
+from fp4compile.graph import GEMM_OPS, Site, is_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call, fake_quantized
@@ -97,7 +96,7 @@ class _Rewriter:
         """Quantise along both axes at once where that needs no more memory; the number of pairs."""
         found: dict[Any, list[Node]] = defaultdict(list)
         for node in self.graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
-            found[node.args[0], node.args[1], stays_in_backward(node)].append(node)
+            found[node.args[0], node.args[1], is_backward(node)].append(node)
         return sum(map(self._pair, found.values()))
 
     def _pair(self, nodes: Sequence[Node]) -> bool:

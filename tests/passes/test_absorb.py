@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from fp4compile.producer import parse
 from fp4compile.recipe import Operand, Recipe
 from tests.claims import Claims, everything
 from tests.compile.common import LlamaBlock, build
-from tests.helpers import Captured, capture, forward_recipe, randn, same_bits, trace
+from tests.helpers import NAMES, Captured, capture, forward_recipe, randn, same_bits, trace
 
 ops = torch.ops.fp4compile
 BACKEND = Claims(fake_quantize=everything, fake_quantize_both=everything, tensor_scale=everything)
@@ -49,9 +50,50 @@ def test_a_llama_block_keeps_its_bits(recipe: str, dtype: torch.dtype) -> None:
 def test_what_is_absorbed_in_a_llama_block() -> None:
     found = captured(build(LlamaBlock).bfloat16(), randn(2, 8, 64, dtype=torch.bfloat16), "hif4-plain")
     found.run("absorb")
-    # Both norms and the SwiGLU, for the forward and for wgrad at once. The gradients of the SwiGLU's inputs, which read
+    # Both norms and the SwiGLU, for the forward and again for wgrad. The gradients of the SwiGLU's inputs, which read
     # the same tensors, are not.
-    assert sorted(produced(found)) == ["full full", "full row column", "full row column"]
+    assert sorted(produced(found)) == ["full full"] * 2 + ["full row column"] * 4
+
+
+def kept(found: Captured) -> int:
+    """Bytes that the forward makes and the backward reads, as Inductor's partitioner cuts the graph."""
+    forward, _ = min_cut_rematerialization_partition(found.module, found.inputs(), num_fwd_outputs=1)
+    (output,) = forward.graph.find_nodes(op="output")
+    made = [n.meta["val"] for n in output.args[0][1:] if n is not None and n.op != "placeholder"]
+    return sum(value.nbytes for value in made)
+
+
+@pytest.mark.parametrize("recipe", ["hif4-plain", "nvfp4"])
+def test_of_what_is_absorbed_nothing_is_kept(recipe: str) -> None:
+    tokens, hidden = 128, 1024
+
+    def bytes_kept(*names: str) -> int:
+        block = build(lambda: LlamaBlock(64, hidden=hidden)).bfloat16()
+        x = randn(2, tokens // 2, 64, dtype=torch.bfloat16).requires_grad_()
+        found = capture(block, (x,), recipe)
+        found.context.backend = BACKEND
+        found.run(*names)
+        return kept(found)
+
+    usual, absorbed = bytes_kept(), bytes_kept(*NAMES[: NAMES.index("absorb") + 1])
+    # The input of the down projection and those behind both norms, bf16.
+    assert absorbed <= usual - 2 * tokens * (hidden + 2 * 64)
+
+
+class Residual(nn.Module):
+    """The sum that the second layer reads is all that the backward needs of both terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.down = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.one(x) + self.other(x))
+
+
+def test_the_backward_keeps_no_more_for_a_producer() -> None:
+    found = captured(Residual(), randn(8, 64), "hif4-plain")
+    assert found.run("absorb") == 0
 
 
 class Gelu(nn.Module):

@@ -47,33 +47,6 @@ def test_only_the_backward_pairs_and_stays_there() -> None:
     assert tags == {"is_forward", "must_be_in_backward"}
 
 
-class Gated(nn.Module):
-    """The second layer reads what nothing else reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x).sigmoid() * 0.5
-        return self.down(h).sin()
-
-
-def test_what_only_quantisations_read_is_paired_across_the_halves() -> None:
-    found = capture(Gated(), [randn(64, 64).requires_grad_()], "hif4-plain")
-    found.context.backend = BACKEND
-    found.until("fuse")
-    before = found.execute()
-    found.run("pair")
-    tags = [node.meta["partitioner_tag"] for node in found.calls("fake_quantize_both")]
-    # h, whose quantised forms are made in the forward; the gradients of both layers. x is an input, and kept as such.
-    # (The derivative of sigmoid reads sigmoid itself, not h.)
-    assert sorted(tags) == ["is_forward", "must_be_in_backward", "must_be_in_backward"]
-    (early,) = (node for node in found.calls("fake_quantize_both") if node.meta["partitioner_tag"] == "is_forward")
-    assert {item.meta["partitioner_tag"] for item in early.users} == {"is_forward"}
-    assert same_bits(found.execute(), before)
-
-
 def test_sites_name_the_kernel() -> None:
     found = training("hif4-plain").until("legalise")
     for site in found.sites:

@@ -80,22 +80,6 @@ def test_each_tensor_is_read_as_seldom_as_can_be(recipe: str) -> None:
     assert all(node.args[2] % 2 == 1 for node, late in zip(alone, halves, strict=True) if not late)
 
 
-def test_what_only_quantisations_read_is_quantised_in_the_forward() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.up(x).sigmoid() * 0.5)
-
-    found = capture(Gated().bfloat16(), (randn(64, 64, dtype=torch.bfloat16).requires_grad_(),), "mxfp4-plain")
-    found.context.backend = BACKEND
-    found.until("pack").run("rescale")
-    tags = [node.meta["partitioner_tag"] for node in found.calls("quantize_rowwise_both")]
-    assert sorted(tags) == ["is_forward", "must_be_in_backward", "must_be_in_backward"]
-
-
 def test_one_input_of_three_projections_is_quantised_once() -> None:
     class Projections(nn.Module):
         def __init__(self) -> None:
