@@ -2,6 +2,7 @@
 """Triton functions that the kernels of several ops call.
 
     fp32 and its bits    to_bits, from_bits, pow2, rounded
+    stochastic rounding  next_multiple
     random numbers       philox, in_turn
     a transform          hadamard
     the scale of E8M0    e8m0_exponent
@@ -44,6 +45,35 @@ def rounded(x, dtype: tl.constexpr):
         return tl.where(x == x, from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000), x)
     else:
         return x.to(dtype).to(tl.float32)
+
+
+# --- stochastic rounding ---------------------------------------------------------------------------------------------
+
+# Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power come the multiples of power / 2 only.
+_NEXT_MULTIPLE = tl.constexpr("""
+{
+    .reg .f32 s, n;
+    neg.f32 n, $2;
+    fma.rp.f32 s, n, $3, $1;
+    fma.rp.f32 s, $3, 0f4AC00000, s;
+    fma.rn.f32 $0, $3, 0fCAC00000, s;
+}
+""")
+
+
+@triton.jit
+def next_multiple(t, down, power):
+    """The least multiple of power / 2 that is not below t - down * power, for a power of two and t in [0, 4 power].
+
+    With down = u / 2, u in [0, 1), it is the upper neighbour of t on that grid where u < (t - lower) / gap, else the
+    lower one.
+    """
+    if INTERPRETED:
+        half = power.to(tl.float64) * 0.5
+        # t / half - u is exact, but for a t so small that the result is zero, which is positive.
+        return (tl.ceil(t.to(tl.float64) / half - 2.0 * down.to(tl.float64)) * half + 0.0).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, down, power], tl.float32, is_pure=True, pack=1)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fp4compile.backends.triton.arithmetic import (
     from_bits,
     hadamard,
     in_turn,
+    next_multiple,
     philox,
     pow2,
     to_bits,
@@ -388,17 +389,12 @@ def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
-    """The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact."""
+    """The upper neighbour where u < (t - lower) / gap, gap the distance of both."""
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        exponent = to_bits(tl.maximum(t, 1.0)) & INF
-        gap, inverse = from_bits(exponent - 0x00800000), from_bits(0x7F800000 - exponent)
-        lower = tl.where(t < 1.0, tl.where(t < 0.5, 0.0, 0.5), from_bits(to_bits(t) & -0x400000))
-        return lower + tl.where(u < (t - lower) * inverse, gap, 0.0)
+        return next_multiple(t, u * 0.5, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
     else:
-        t = tl.minimum(t * (1.0 / STEP), 7.0)
-        lower = tl.floor(t)
-        return lower + tl.where(u < t - lower, 1.0, 0.0)
+        return next_multiple(tl.minimum(t * (1.0 / STEP), 7.0), u * 0.5, tl.full(t.shape, 2.0, tl.float32))
 
 
 @triton.jit

@@ -158,6 +158,7 @@ def plan(
     down, across = (ceil_div(length, edge) for length, edge in zip(extent, edges, strict=True))
     arguments["across"] = across
     constants |= {
+        "BF16": dtype is torch.bfloat16,
         "EVEN": all(size % edge == 0 for size, edge in zip(shape, edges, strict=True)),
         "WIDE": (extent[0] + edges[0]) * (extent[1] + edges[1]) >= 2**31,
     }
@@ -262,9 +263,10 @@ def _counts(device: torch.device) -> Tensor:
     return kept_zeros(COUNTS, 2, torch.int64, device)
 
 
-# Few rows are flagged, if any: many programs with little each. Elements of a chunk, parts that share the flagged
-# groups of a chunk, blocks at a time.
+# Few rows are flagged, if any: many parts with little each. Elements of a chunk, parts that share the flagged groups of
+# a chunk, blocks at a time. Most GEMMs have no flag: no more programs look than run at once, four on each of 132 SMs.
 _EXACT = {"TILE": 32, "SPLIT": 4, "STEP": 4}
+_MOST_PROGRAMS = 528
 
 
 @lru_cache(maxsize=4096)
@@ -272,8 +274,9 @@ def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
     """The launch that computes again what a flagged row had a part in."""
     chunks = max(ceil_div(rows, _EXACT["TILE"]), ceil_div(columns, _EXACT["TILE"]))
     flags = {"FLAGS_A": power_of_two(ceil_div(rows, FLAGGED)), "FLAGS_B": power_of_two(ceil_div(columns, FLAGGED))}
-    sizes = {"rows": rows, "columns": columns, "blocks": blocks}
-    return Launch(_KERNELS, "exact", chunks * _EXACT["SPLIT"], sizes, {**flags, **_EXACT, "BLOCK": block}, 4)
+    programs = min(chunks * _EXACT["SPLIT"], _MOST_PROGRAMS)
+    sizes = {"rows": rows, "columns": columns, "blocks": blocks, "chunks": chunks}
+    return Launch(_KERNELS, "exact", programs, sizes, {**flags, **_EXACT, "BLOCK": block}, 4)
 
 
 def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:

@@ -16,11 +16,13 @@ import triton.language as tl
 
 from fp4compile.backends.triton.arithmetic import (
     INF,
+    INTERPRETED,
     SIGN,
     e8m0_exponent,
     from_bits,
     hadamard,
     in_turn,
+    next_multiple,
     philox,
     pow2,
     to_bits,
@@ -43,6 +45,57 @@ def _read(x_ptr, p1, p2, p3, p4, index, row, column, rows, columns, EVEN: tl.con
     else:
         x = PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
         return x if EVEN else tl.where((row < rows) & (column < columns), x, 0.0)
+
+
+# --- bf16 two by two -------------------------------------------------------------------------------------------------
+
+# Logic, minima and maxima issue at half the rate of products: quantising both axes in fp32 takes 19 of them per
+# element, as long as the bytes. Of bf16 one instruction does two elements, and the result is that of fp32: a magnitude
+# times a power of two is exact, and the sum with 96 e, e the power of two below it, is rounded once, to e / 2, ties to
+# even. 2**-112 moves bf16's exponents to fp16's, which is converted two by two.
+_ROUND_PAIR = tl.constexpr("""
+{
+    .reg .b32 t, e, s, m;
+    abs.bf16x2 t, $1;
+    mul.rn.bf16x2 t, t, $2;
+    min.bf16x2 t, t, $4;
+    max.bf16x2 e, t, $3;
+    and.b32 e, e, 0x7F807F80;
+    mov.b32 m, 0x42C042C0;
+    fma.rn.bf16x2 s, e, m, t;
+    mov.b32 m, 0xC2C0C2C0;
+    fma.rn.bf16x2 s, e, m, s;
+    mov.b32 m, 0x07800780;
+    mul.rn.bf16x2 s, s, m;
+    shl.b32 s, s, 3;
+    lop3.b32 $0, s, $1, 0x80008000, 0xF8;
+}
+""")
+
+
+@triton.jit
+def _larger_pair(a, b):
+    return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _magnitudes(x):
+    """bf16 [..., 2 n] -> magnitudes two to a word, [..., n]."""
+    halves: tl.constexpr = x.shape[:-1] + [x.shape[-1] // 2, 2]  # noqa: RUF005, Triton unpacks no list
+    low, high = tl.split(x.to(tl.int16, bitcast=True).reshape(halves))
+    return ((low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)) & 0x7FFF7FFF
+
+
+@triton.jit
+def _round_pairs(x, inverse, one):
+    """`_round` of bf16, to nearest; the result in fp16."""
+    inverse, six, one = inverse.to(tl.bfloat16), (6.0 * one).to(tl.bfloat16), one.to(tl.bfloat16)
+    x, inverse = tl.broadcast(x, inverse)
+    _, one = tl.broadcast(x, one)
+    _, six = tl.broadcast(x, six)
+    return tl.inline_asm_elementwise(
+        _ROUND_PAIR, "=r,r,r,r,r", [x, inverse, one, six], tl.float16, is_pure=True, pack=2
+    )
 
 
 # --- where windows lie -----------------------------------------------------------------------------------------------
@@ -153,6 +206,29 @@ def _to_blocks(x, L: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, COLUMN
 
 
 @triton.jit
+def _of_blocks(x, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
+    """Numbers of blocks [L, NB] against a tile as it is loaded."""
+    L: tl.constexpr = x.shape[0]
+    NB: tl.constexpr = x.shape[1]
+    if COLUMNS:
+        return tl.permute(x.reshape([L // VECTOR, VECTOR, NB]), (0, 2, 1))[:, :, None, :]
+    else:
+        return x.reshape([L * NB])[:, None, None]
+
+
+@triton.jit
+def _amax_of_pairs(x, L: tl.constexpr, NB: tl.constexpr, COLUMNS: tl.constexpr):
+    """The bits, as fp32, of the largest magnitudes of blocks [L, NB] of a bf16 tile as it is loaded."""
+    if COLUMNS:
+        pair = tl.reduce(_magnitudes(x), 2, _larger_pair)  # [L // V, NB, V // 2]
+        bits = tl.permute(tl.join(pair << 16, pair & -0x10000), (0, 2, 3, 1))
+    else:
+        pair = tl.reduce(tl.reduce(_magnitudes(x), 2, _larger_pair), 1, _larger_pair)
+        bits = tl.maximum(pair << 16, pair & -0x10000)
+    return bits.reshape([L, NB])
+
+
+@triton.jit
 def _offset(lane, k, row_stride, COLUMNS: tl.constexpr):
     """Of element k of a lane, in a contiguous matrix."""
     return k * row_stride + lane if COLUMNS else lane * row_stride + k
@@ -228,12 +304,7 @@ def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
     """|x| * inverse on the grid of E2M1 times `one`, a power of two, with the sign of x; `u` as `_random` gives it."""
     t = tl.minimum(tl.abs(x) * inverse, 6.0 * one)
     power = from_bits(to_bits(tl.maximum(t, one)) & INF)
-    if STOCHASTIC:
-        # The upper neighbour where u < (t - lower) / gap; gaps are powers of two, so all of it is exact.
-        lower = tl.where(t < one, tl.where(t < 0.5 * one, 0.0, 0.5 * one), from_bits(to_bits(t) & -0x400000))
-        q = tl.where(u * (power * 2.0**-25) < t - lower, tl.fma(power, 0.5, lower), lower)
-    else:
-        q = tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
+    q = next_multiple(t, u * 2.0**-25, power) if STOCHASTIC else tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
     return from_bits(to_bits(q) | (to_bits(x) & SIGN))
 
 
@@ -275,10 +346,12 @@ def _quantize_axis(
     FACTOR: tl.constexpr,
     SIGNS: tl.constexpr,
     PRODUCE: tl.constexpr,
+    BF16: tl.constexpr,
 ):
     """A tile of L lanes of x in blocks along them, K elements each, of lanes of `size`, `padded` by the transform and
     stored as rows of `length`."""
     NB: tl.constexpr = K // BLOCK
+    PAIRS: tl.constexpr = BF16 and not (STOCHASTIC or HADAMARD or INTERPRETED)  # which has no assembly
     lane, k = _positions(lane0, k0, L, K, BLOCK, VECTOR, COLUMNS)
     lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
     index = _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
@@ -286,6 +359,7 @@ def _quantize_axis(
         x = _read(x_ptr, p1, p2, p3, p4, index, k, lane, size, lanes, EVEN, PRODUCE)
     else:
         x = _read(x_ptr, p1, p2, p3, p4, index, lane, k, lanes, size, EVEN, PRODUCE)
+    loaded = x.to(tl.bfloat16)
     x = _to_blocks(x, L, NB, BLOCK, COLUMNS)
     if HADAMARD:
         x = x.reshape([L, K])
@@ -294,7 +368,7 @@ def _quantize_axis(
         else:
             x = _transform(x, k0, padded, L, K, HADAMARD, LOG2, FACTOR, SIGNS, EVEN)
         x = x.reshape([L, NB, BLOCK])
-    amax = to_bits(tl.reduce(tl.abs(x), 2, _larger))
+    amax = _amax_of_pairs(loaded, L, NB, COLUMNS) if PAIRS else to_bits(tl.reduce(tl.abs(x), 2, _larger))
     bad = amax >= INF
     exponent = e8m0_exponent(amax, up_from, k_max, EMAX)
     lane = lane0 + tl.arange(0, L)
@@ -305,13 +379,17 @@ def _quantize_axis(
     one = pow2(tl.where(inside, shift, 0))
     # A NaN takes the same way as every number.
     inverse, one = tl.where(bad, float("nan"), inverse), tl.where(bad, float("nan"), one)
-    u = x
-    if STOCHASTIC:
-        stride = lanes if COLUMNS else padded
-        u = _random(
-            lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, VECTOR, COLUMNS, ALIGNED, WIDE
-        )  # fmt: skip
-    q = _round(x, u, inverse[:, :, None], one[:, :, None], STOCHASTIC)
+    if PAIRS:
+        inverse, one = _of_blocks(inverse, VECTOR, COLUMNS), _of_blocks(one, VECTOR, COLUMNS)
+        q = _to_blocks(_round_pairs(loaded, inverse, one), L, NB, BLOCK, COLUMNS)
+    else:
+        u = x
+        if STOCHASTIC:
+            stride = lanes if COLUMNS else padded
+            u = _random(
+                lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, VECTOR, COLUMNS, ALIGNED, WIDE
+            )  # fmt: skip
+        q = _round(x, u, inverse[:, :, None], one[:, :, None], STOCHASTIC)
 
     row, column = lane[:, None], k0 + tl.arange(0, K)[None, :]
     stored = q.reshape([L, K]).to(values_ptr.dtype.element_ty)
@@ -383,10 +461,12 @@ def quantize(
     FACTOR1: tl.constexpr,
     SIGNS1: tl.constexpr,
     PRODUCE: tl.constexpr,
+    BF16: tl.constexpr,
 ):
     """x [rows, columns] in blocks along axis 0, along axis 1, or both; results of an axis that is not wanted are None.
 
-    `across`: tiles side by side. Either axis reads the tile in its own order; the second time it comes from the cache.
+    `BF16`: whether that is the dtype of what is quantised. `across`: tiles side by side. Either axis reads the tile in
+    its own order; the second time it comes from the cache.
     """
     pid = tl.program_id(0)
     if WIDE:
@@ -397,14 +477,14 @@ def quantize(
             x_ptr, p1, p2, p3, p4, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
             row, column, rows, columns, padded1, length1, stream1, sign_stream, up_from1, k_max,
             TILE0, TILE1, VECTOR1, False, EVEN, ALIGNED1, WIDE, BLOCK, EMAX,
-            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1, PRODUCE,
+            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1, PRODUCE, BF16,
         )  # fmt: skip
     if values0_ptr is not None:
         _quantize_axis(
             x_ptr, p1, p2, p3, p4, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
             column, row, columns, rows, padded0, length0, stream0, sign_stream, up_from0, k_max,
             TILE1, TILE0, VECTOR0, True, EVEN, ALIGNED0, WIDE, BLOCK, EMAX,
-            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0, PRODUCE,
+            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0, PRODUCE, BF16,
         )  # fmt: skip
 
 
@@ -456,6 +536,8 @@ def _again(
     blocks,
     p_stride,
     q_stride,
+    chunk,
+    part,
     FLAGS: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -463,9 +545,8 @@ def _again(
     BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Of the product of flagged rows of p and all rows of q what this program does: a chunk of TILE rows of q against
-    every SPLIT-th flagged group of p. SECOND: p holds the columns, and rows that the first time wrote are left out."""
-    chunk, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    """Of the product of flagged rows of p and all rows of q a part: a chunk of TILE rows of q against every SPLIT-th
+    flagged group of p. SECOND: p holds the columns, and rows that the first time wrote are left out."""
     at = tl.arange(0, FLAGS)
     mine = (p_flags != 0) & (tl.cumsum(p_flags, 0) % SPLIT == part)
     group = tl.min(tl.where(mine, at, FLAGS), axis=0)
@@ -506,6 +587,7 @@ def exact(
     rows,
     columns,
     blocks,
+    chunks,
     FLAGS_A: tl.constexpr,
     FLAGS_B: tl.constexpr,
     TILE: tl.constexpr,
@@ -515,7 +597,8 @@ def exact(
 ):
     """out [rows, columns] = a b^T + bias again where a group of rows of a or b is flagged; at once done where none is.
 
-    `counts`: GEMMs that had a flag, and all GEMMs.
+    `chunks`: of the longer side; the programs take chunks and parts in turn. `counts`: GEMMs that had a flag, and all
+    GEMMs.
     """
     at_a, at_b = tl.arange(0, FLAGS_A), tl.arange(0, FLAGS_B)
     a_flags = tl.load(a_flags_ptr + at_a, at_a * _FLAGGED < rows, 0).to(tl.int32)
@@ -524,13 +607,20 @@ def exact(
     if tl.program_id(0) == 0:
         tl.atomic_add(counts_ptr, (of_a | of_b).to(tl.int64))
         tl.atomic_add(counts_ptr + 1, tl.full([], 1, tl.int64))
-    if of_a != 0:
-        _again(
-            a_ptr, a_scale_ptr, a_exponents_ptr, a_flags, b_ptr, b_scale_ptr, b_exponents_ptr, b_flags_ptr,
-            bias_ptr, out_ptr, rows, columns, blocks, columns, 1, FLAGS_A, TILE, SPLIT, STEP, BLOCK, False,
-        )  # fmt: skip
-    if of_b != 0:
-        _again(
-            b_ptr, b_scale_ptr, b_exponents_ptr, b_flags, a_ptr, a_scale_ptr, a_exponents_ptr, a_flags_ptr,
-            bias_ptr, out_ptr, columns, rows, blocks, 1, columns, FLAGS_B, TILE, SPLIT, STEP, BLOCK, True,
-        )  # fmt: skip
+    if (of_a | of_b) != 0:
+        item = tl.program_id(0)
+        while item < chunks * SPLIT:
+            chunk, part = item % chunks, item // chunks  # of one flagged group all chunks are taken at once
+            if of_a != 0:
+                _again(
+                    a_ptr, a_scale_ptr, a_exponents_ptr, a_flags, b_ptr, b_scale_ptr, b_exponents_ptr, b_flags_ptr,
+                    bias_ptr, out_ptr, rows, columns, blocks, columns, 1, chunk, part,
+                    FLAGS_A, TILE, SPLIT, STEP, BLOCK, False,
+                )  # fmt: skip
+            if of_b != 0:
+                _again(
+                    b_ptr, b_scale_ptr, b_exponents_ptr, b_flags, a_ptr, a_scale_ptr, a_exponents_ptr, a_flags_ptr,
+                    bias_ptr, out_ptr, columns, rows, blocks, 1, columns, chunk, part,
+                    FLAGS_B, TILE, SPLIT, STEP, BLOCK, True,
+                )  # fmt: skip
+            item += tl.num_programs(0)

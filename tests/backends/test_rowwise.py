@@ -5,10 +5,13 @@ Without a GPU the interpreter runs some of the ops' samples and every kind of ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -258,7 +261,11 @@ class TestOnGpu:
 def _finite(given: Mapping[str, Any]) -> dict[str, Any]:
     """Without NaN and Inf, which the interpreter's conversion to FP8 does not know, and in fp32, as it cuts bf16."""
     named = ("x", "p1", "p2", "p3", "p4")
-    return {k: v.float().nan_to_num() if isinstance(v, Tensor) and k in named else v for k, v in given.items()}
+
+    def finite(x: Tensor) -> Tensor:
+        return x.float().nan_to_num().clamp(-(2.0**60), 2.0**60)  # a transform of larger ones overflows
+
+    return {k: finite(v) if isinstance(v, Tensor) and k in named else v for k, v in given.items()}
 
 
 def interpret(every: int) -> None:
@@ -274,6 +281,7 @@ def interpret(every: int) -> None:
 
 def interpret_exact() -> None:
     """Rows and columns of flagged groups are computed from exponents; all others keep what was there."""
+    rowwise._MOST_PROGRAMS = 5  # of a process of its own: fewer than the parts, so that they take turns
     a, b = randn(70, 96), randn(80, 96, seed=1)
     a[20, 32:64] *= 2.0**12
     b[66, :32] *= 2.0**-20
@@ -301,6 +309,118 @@ def test_the_interpreter_has_the_oracles_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
+# --- assembly, which neither the interpreter nor a CPU runs -----------------------------------------------------------
+
+
+def _statements(code: str) -> list[list[str]]:
+    """[operation, result, operands ...] of every line but declarations."""
+    lines = (line.strip(" ;") for line in code.splitlines())
+    return [line.replace(",", "").split() for line in lines if line and line[0] not in "{}."]
+
+
+def _run(code: str, operations: Mapping[str, Callable[..., Any]], given: Sequence[Any], literal: Any) -> Any:
+    """The result of a block of PTX on operands $1, $2, ...; `literal` reads a number."""
+    values = {f"${i}": value for i, value in enumerate(given, 1)}
+    for operation, result, *names in _statements(code):
+        values[result] = operations[operation](*(values[n] if n in values else literal(n) for n in names))
+    return values["$0"]
+
+
+def _float(bits: Tensor) -> Tensor:
+    return (bits << 16).to(torch.int32).view(torch.float32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """bf16's; products of two and sums near 96 e are exact in fp32 or nowhere near a tie."""
+    return x.bfloat16().view(torch.int16).to(torch.int64) & 0xFFFF
+
+
+def _no_nan(which: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda a, b: _bits(which(_float(a), _float(b)))
+
+
+# Of the lower half of each word.
+BF16_PTX: dict[str, Callable[..., Tensor]] = {
+    "abs.bf16x2": lambda a: a & 0x7FFF,
+    "mul.rn.bf16x2": lambda a, b: _bits(_float(a) * _float(b)),
+    "min.bf16x2": _no_nan(torch.fmin),
+    "max.bf16x2": _no_nan(torch.fmax),
+    "and.b32": lambda a, b: a & b,
+    "mov.b32": lambda a: a,
+    "fma.rn.bf16x2": lambda a, b, c: _bits(_float(a) * _float(b) + _float(c)),
+    "shl.b32": lambda a, b: a << b,
+    "lop3.b32": lambda a, b, c, table: a | (b & c),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [-96, -5, 0, 96])
+@pytest.mark.parametrize("shift", [-oracle.BELOW, -1, 0, oracle.ABOVE])
+def test_pairs_are_rounded_as_the_oracle_rounds(window: int, shift: int) -> None:
+    """Every finite bf16 number, in a block that lies `shift` above the window of its row."""
+    from fp4compile.backends.triton import rowwise_kernels as kernels
+
+    x = torch.arange(2**16)[torch.arange(2**16) & 0x7F80 != 0x7F80]
+    inverse, one, six = (_bits(torch.tensor(v)) for v in (2.0**-window, 2.0**shift, 6 * 2.0**shift))
+    low = _run(kernels._ROUND_PAIR.value, BF16_PTX, (x, inverse, one, six), lambda n: torch.tensor(int(n, 0) & 0xFFFF))
+    assert int(low.max()) < 2**16  # nothing reaches the upper half
+    t = (_float(x).abs().double() * 2.0 ** (-window - shift)).clamp(max=6)
+    grid = torch.tensor(FORMATS["mxfp4"].element.magnitudes, dtype=torch.float64)
+    middles = (grid[1:] + grid[:-1]) / 2
+    below = (t[:, None] > middles).sum(1)
+    code = below + ((t[:, None] == middles).any(1) & (below % 2 == 1))  # a tie goes to the even code
+    expected = torch.copysign(grid[code] * 2.0**shift, _float(x).double())
+    got = low.to(torch.int16).view(torch.float16).to(torch.float8_e4m3fn)
+    assert torch.equal(got.view(torch.uint8), expected.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@needs_triton
+def test_pairs_of_bad_blocks_are_nan() -> None:
+    from fp4compile.backends.triton import rowwise_kernels as kernels
+
+    x, nan = torch.arange(2**16), torch.tensor(0x7FFF)
+    low = _run(kernels._ROUND_PAIR.value, BF16_PTX, (x, nan, nan, nan), lambda n: torch.tensor(int(n, 0) & 0xFFFF))
+    assert (low & 0xFFFF).to(torch.int16).view(torch.float16).isnan().all()
+
+
+def _rounded_up(exact: Fraction) -> Fraction:
+    """To fp32."""
+    near = np.float32(float(exact))
+    while Fraction(float(near)) < exact:
+        near = np.nextafter(near, np.float32(np.inf))
+    while Fraction(float(np.nextafter(near, np.float32(-np.inf)))) >= exact:
+        near = np.nextafter(near, np.float32(-np.inf))
+    return Fraction(float(near))
+
+
+FP32_PTX: dict[str, Callable[..., Fraction]] = {
+    "neg.f32": lambda a: -a,
+    "fma.rp.f32": lambda a, b, c: _rounded_up(a * b + c),
+    "fma.rn.f32": lambda a, b, c: Fraction(float(np.float32(float(a * b + c)))),
+}
+
+
+@needs_triton
+def test_what_rounds_up_is_the_upper_neighbour_where_the_random_number_is_below_the_fraction() -> None:
+    from fp4compile.backends.triton import arithmetic
+
+    def literal(name: str) -> Fraction:
+        return Fraction(struct.unpack(">f", bytes.fromhex(name[2:]))[0])
+
+    generator = torch.Generator().manual_seed(0)
+    for power in (1.0, 4.0, 2.0**-8):
+        tops = torch.rand(60, generator=generator) * (2 * power)
+        tiny = torch.tensor([0.0, 2.0**-100, 0.5 * power, power, 1.5 * power * (1 - 2.0**-24), 2.0**-30 * power])
+        for t in map(Fraction, torch.cat([tops, tiny]).tolist()):
+            gap = Fraction(power) / 2
+            lower = t // gap * gap
+            at = int((t - lower) / gap * 2**24)  # random numbers around the fraction decide
+            for word in {0, 2**24 - 1, *(min(max(at + i, 0), 2**24 - 1) for i in (-1, 0, 1))}:
+                u = Fraction(word, 2**24)
+                got = _run(arithmetic._NEXT_MULTIPLE.value, FP32_PTX, (t, u / 2, Fraction(power)), literal)
+                assert got == (lower + gap if u < (t - lower) / gap else lower)
+
+
 AXES: dict[str, tuple[int, ...]] = {"columns": (0,), "rows": (1,), "both": (0, 1)}
 HOW = {
     "nearest": rowwise.Axis("nearest", None, 0, 0),
@@ -320,6 +440,10 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
     window, quantize = rowwise.arguments_of(planned, x, seed, None)[0]
     for each, given in ((planned.window, window), (planned.quantize, quantize)):
         assert_exact(compiled(each, given))
+    # What rounds bf16 two by two, and what rounds up.
+    nearest = how.rounding == "nearest"
+    ptx = compiled(planned.quantize, quantize)
+    assert ("fma.rn.bf16x2" in ptx, "fma.rp.f32" in ptx) == (nearest, not nearest)
 
 
 @needs_triton
