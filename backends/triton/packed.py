@@ -2,7 +2,7 @@
 
     mm(a [..., K], codes [N, K/2], b_scales, b_format="hif4")
         1 … 16 tokens      ->  few_tokens
-        17 … 511           ->  arrange, many_tokens
+        17 … 511           ->  arrange, many_tokens or, on Hopper, overlapped
         more, or not bf16  ->  dequantize, a dense GEMM
 
 Past 511 tokens the weight is decoded once instead of in every tile. Where exactly the two cross was not measured.
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,11 @@ from fp4compile.formats import E2M1, FORMATS, S1P2
 
 _KERNELS = "packed_kernels"
 MOST_TOKENS = 511  # of the kernels that read codes
-_RUN = 64  # columns that `arrange` reorders together
+_HOPPER_KERNELS = "packed_hopper_kernels"
+_RUNS = {"many_tokens": 64, "overlapped": 128}  # columns that `arrange` reorders together
+_OVERLAPS = (9, 0)  # the least capability of devices that overlap launches
+_HOPPER = 9  # its major number
+_GLUON = ("3.6", "3.7")  # versions of Triton whose Gluon compiles `overlapped`
 # The rows of `arrange` and its columns per program: a few microseconds at most, nothing to tune.
 _ARRANGE = {"ROWS": 4, "BK": 512}
 
@@ -37,15 +42,15 @@ class Cut:
     """How a GEMM is cut into programs.
 
     Attributes:
-        kernel: of `packed_kernels`.
-        rows: outputs per warp (`few_tokens`) or per program (`many_tokens`).
+        kernel: of `packed_kernels` or, `overlapped`, of `packed_hopper_kernels`.
+        rows: outputs per warp (`few_tokens`) or per program (the others; `overlapped`: 16 times its warps).
         tokens: tokens per program, those that fill up an instruction counted.
         k: elements of K per step, stages: steps in flight.
         warps: of a program; `slices` of them share its part of K, the others its outputs.
         parts: of K, each a program's.
     """
 
-    kernel: Literal["few_tokens", "many_tokens"]
+    kernel: Literal["few_tokens", "many_tokens", "overlapped"]
     rows: int
     tokens: int
     k: int
@@ -68,10 +73,11 @@ class Cut:
     def shared(self) -> int:
         """Bytes of shared memory that the codes, scales and tokens of all stages take at most."""
         rows = self.rows * (self.warps if self.kernel == "few_tokens" else 1)
-        return self.stages * self.k * (rows * 5 // 8 + self.slices * self.tokens * 2)
+        weights, tokens = self.stages * self.k * rows * 5 // 8, self.k * self.tokens * 2
+        return weights + tokens * (2 if self.kernel == "overlapped" else self.stages * self.slices)
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
-        """Programs along outputs and tokens, in the order in which they share more, and parts."""
+        """Programs (`overlapped`: tiles) along outputs and tokens, in the order in which they share more, and parts."""
         outputs, tokens = ceil_div(n, self.outputs), ceil_div(m, self.tokens)
         return (outputs, tokens, self.parts) if self.kernel == "few_tokens" else (tokens, outputs, self.parts)
 
@@ -81,12 +87,16 @@ class Cut:
         return ceil_div(columns, run), columns % run == 0
 
 
-def _few(rows: int, tokens: int, stages: int, slices: int) -> Cut:
-    return Cut("few_tokens", rows, tokens, 256, stages, slices=slices)
+def _few(rows: int, tokens: int, stages: int, slices: int, parts: int = 1) -> Cut:
+    return Cut("few_tokens", rows, tokens, 256, stages, slices=slices, parts=parts)
 
 
 def _many(rows: int, tokens: int, k: int, stages: int, warps: int = 4, parts: int = 1) -> Cut:
     return Cut("many_tokens", rows, tokens, k, stages, warps, parts=parts)
+
+
+def _overlapped(rows: int, tokens: int, stages: int) -> Cut:
+    return Cut("overlapped", rows, tokens, 256, stages, warps=rows // 16)
 
 
 # By the largest number of tokens: cuts, each with the programs per multiprocessor from which on it is taken; the first
@@ -95,15 +105,22 @@ def _many(rows: int, tokens: int, k: int, stages: int, warps: int = 4, parts: in
 CUTS: Mapping[int, tuple[tuple[float, Cut], ...]] = {
     1: ((2.5, _few(16, 8, 3, 1)), (2.5, _few(16, 8, 3, 4)), (0.0, _few(16, 8, 5, 4)), (0.0, _few(16, 8, 3, 4))),
     8: ((2.5, _few(16, 8, 3, 1)), (0.0, _few(16, 8, 3, 4))),
-    16: ((1.5, _few(32, 16, 3, 1)), (0.7, _few(16, 16, 4, 1)), (0.0, _few(16, 16, 4, 2)), (0.0, _few(16, 16, 4, 1))),
+    16: (
+        (1.5, _few(32, 16, 3, 1)),
+        (0.7, _few(16, 16, 4, 1)),
+        (0.0, _few(16, 16, 4, 1, parts=4)),
+        (0.0, _few(16, 16, 4, 1)),
+    ),
     32: ((2.5, _many(64, 32, 128, 4)), (0.0, _many(64, 32, 128, 4, parts=4))),
     64: (
+        (1.5, _overlapped(128, 64, 3)),
         (1.5, _many(128, 64, 64, 4)),
         (1.5, _many(128, 64, 128, 3, warps=8)),
         (2.5, _many(64, 64, 128, 3, parts=4)),
         (0.0, _many(64, 64, 128, 4, parts=4)),
     ),
     MOST_TOKENS: (
+        (0.4, _overlapped(128, 128, 3)),
         (1.5, _many(128, 128, 64, 4, warps=8)),
         (1.5, _many(128, 128, 128, 3, warps=8)),
         (2.5, _many(64, 128, 64, 4, parts=2)),
@@ -117,17 +134,28 @@ def bucket(m: int) -> int:
     return next(most for most in CUTS if m <= most)
 
 
-def cuts(m: int, format: str) -> tuple[tuple[float, Cut], ...]:
-    """The row of `CUTS` for m tokens, without cuts that load under four bytes of scales: these could not run ahead."""
+def cuts(m: int, k: int, format: str, on_hopper: bool) -> tuple[tuple[float, Cut], ...]:
+    """The row of `CUTS` for m tokens, without cuts that cannot load the scales of a row of k columns.
+
+    A step of fewer than four bytes of them could not run ahead, and `overlapped` copies whole words.
+
+    Args:
+        on_hopper: whether `overlapped` runs.
+    """
     fmt = FORMATS[format]
-    return tuple(row for row in CUTS[bucket(m)] if row[1].k // fmt.block * fmt.scale_dtype.itemsize >= 4)
+    words = ceil_div(k, fmt.block) * fmt.scale_dtype.itemsize % 4 == 0
+
+    def loads(cut: Cut) -> bool:
+        return on_hopper and words if cut.kernel == "overlapped" else cut.k // fmt.block * fmt.scale_dtype.itemsize >= 4
+
+    return tuple(row for row in CUTS[bucket(m)] if loads(row[1]))
 
 
-def default(m: int, n: int, format: str, multiprocessors: int, shared: int) -> Cut | None:
+def default(m: int, n: int, k: int, format: str, multiprocessors: int, shared: int, on_hopper: bool) -> Cut | None:
     """The first cut of the table that has enough programs for so many multiprocessors, of so much shared memory."""
     enough = (
         cut
-        for least, cut in cuts(m, format)
+        for least, cut in cuts(m, k, format, on_hopper)
         if math.prod(cut.grid(m, n)) >= least * multiprocessors and cut.shared <= shared
     )
     return next(enough, None)
@@ -219,8 +247,9 @@ class Plan:
 
     Attributes:
         columns: of x as the kernel reads it.
-        steps: of each slice of K.
-        overlap: whether the GEMM may start before `arrange` is done (sm_90).
+        steps: of each slice of K, or units of a tile (`overlapped`).
+        overlap: whether launches may start before those in front of them are done (sm_90).
+        programs: that share all units evenly (`overlapped`).
     """
 
     cut: Cut
@@ -228,35 +257,54 @@ class Plan:
     columns: int
     steps: int
     overlap: bool
+    programs: int = 0
 
 
-def plan(cut: Cut, m: int, k: int, format: str, block_2d: bool, overlap: bool, plain: bool) -> Plan:
-    """The plan of a GEMM of m tokens over k columns, cut as given.
+def plan(
+    cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, overlap: bool, plain: bool, multiprocessors: int = 1
+) -> Plan:
+    """The plan of a GEMM of m tokens and n outputs over k columns, cut as given.
 
     Args:
         overlap: whether the device can overlap launches.
         plain: for Triton's interpreter, which has no inline assembly.
+        multiprocessors: of the device, one program of `overlapped` for each.
     """
     constants = known(format)
     assert not isinstance(constants, No)
     block = constants["BLOCK"]
-    arranged = cut.kernel == "many_tokens"
     padded = round_up(k, block)
-    columns = round_up(k, _RUN) if arranged else k
+    columns = round_up(k, _RUNS[cut.kernel]) if cut.kernel in _RUNS else k
     steps, even = cut.steps(padded)
-    own = {"OVERLAP": overlap} if arranged else {
+    edge = block if block_2d else 1
+    if cut.kernel == "overlapped":
+        tile = {"BN": cut.rows, "BM": cut.tokens, "WARPS": cut.warps, "STAGES": cut.stages}
+        programs = min(multiprocessors, math.prod(cut.grid(m, n)) * steps)
+        return Plan(cut, {**constants, **tile, "EVEN": even, "EDGE": edge}, columns, steps, overlap, programs)
+    own = {"OVERLAP": overlap} if cut.kernel == "many_tokens" else {
         "GROUPS": cut.warps // cut.slices,
         "SLICES": cut.slices,
         "TOKENS": 1 if m == 1 else cut.tokens,
     }  # fmt: skip
     tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
-    edge = block if block_2d else 1
     whole = even and columns == padded
     # Four scales of a byte in a load, where rows of them and steps are whole words.
     in_words = constants["SCALING"] != "e6m2" and padded % (4 * block) == 0 and cut.k % (4 * block) == 0
     unit = 4 * block if in_words else block
     all_constants = {**constants, **tile, **own, "UNIT": unit, "EDGE": edge, "EVEN": whole, "PLAIN": plain}
-    return Plan(cut, all_constants, columns, steps, overlap and arranged)
+    return Plan(cut, all_constants, columns, steps, overlap and cut.kernel == "many_tokens")
+
+
+def on_hopper(index: int) -> bool:
+    """Whether `overlapped` runs on CUDA device number `index`: it is Hopper's, and Gluon's names change."""
+    return torch.cuda.get_device_capability(index)[0] == _HOPPER and version("triton").startswith(_GLUON)
+
+
+def planned(cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan:
+    """The plan of a GEMM on CUDA device number `index`."""
+    overlap = torch.cuda.get_device_capability(index) >= _OVERLAPS
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    return plan(cut, m, n, k, format, block_2d, overlap, False, multiprocessors)
 
 
 @lru_cache(maxsize=4096)
@@ -268,10 +316,10 @@ def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> 
     if cut is None:
         device = torch.cuda.get_device_properties(index)
         shared = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-        cut = default(m, n, format, device.multi_processor_count, shared)
+        cut = default(m, n, k, format, device.multi_processor_count, shared, on_hopper(index))
     if cut is None:
         return None
-    return plan(cut, m, k, format, block_2d, torch.cuda.get_device_capability(index) >= (9, 0), plain=False)
+    return planned(cut, m, n, k, format, block_2d, index)
 
 
 def forget() -> None:
@@ -280,12 +328,20 @@ def forget() -> None:
 
 
 def _arrange(x: Tensor, planned: Plan) -> Tensor:
-    """x in the order in which `many_tokens` contracts, padded to whole runs."""
+    """x in the order in which the kernel contracts, padded to whole runs."""
     m, k = x.shape
     out = x.new_empty((m, planned.columns))
     grid = (ceil_div(planned.columns, _ARRANGE["BK"]), ceil_div(m, _ARRANGE["ROWS"]))
-    kernels(_KERNELS).arrange[grid](x, out, m, k, x.stride(0), planned.columns, **_ARRANGE, OVERLAP=planned.overlap)
+    early = planned.overlap and planned.cut.kernel == "overlapped"  # which lets what follows it start
+    kernels(_KERNELS).arrange[grid](
+        x, out, m, k, x.stride(0), planned.columns, **_ARRANGE, RUN=_RUNS[planned.cut.kernel], OVERLAP=planned.overlap,
+        EARLY=early, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return out
+
+
+def _options(planned: Plan) -> dict[str, Any]:
+    return {"launch_pdl": True} if planned.overlap else {}
 
 
 def multiply(
@@ -301,10 +357,50 @@ def multiply(
     """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, N] in `dtype`."""
     (m, _), n, cut = x.shape, codes.shape[0], planned.cut
     y = x.new_empty((m, n), dtype=dtype)
-    interpreted = x.device.type != "cuda"
-    if cut.kernel == "many_tokens":
+    if cut.kernel in _RUNS:
         x = _arrange(x, planned)
     bias = None if bias is None else bias.contiguous()
+    run = _multiply_in_shares if cut.kernel == "overlapped" else _multiply_in_parts
+    run(x, codes, scales, y, bias, a_tensor_scale, b_tensor_scale, planned)
+    return y
+
+
+def _multiply_in_shares(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    planned: Plan,
+) -> None:
+    (m, n), cut, programs = y.shape, planned.cut, planned.programs
+    module = kernels(_HOPPER_KERNELS)
+    tiles = math.prod(cut.grid(m, n))
+    partial = counted = None
+    if tiles % programs != 0:  # some are shared: each program leaves parts of two tiles at most
+        partial = x.new_empty((2 * programs * cut.tile,), dtype=torch.float32)
+        counted = counts(x.device, tiles)
+    words, scale_words = codes.view(torch.int32), scales.view(torch.int32)
+    module.overlapped[(programs,)](
+        module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale,
+        partial, counted, m, n, words.shape[1], scale_words.shape[1], planned.steps, tiles * planned.steps,
+        **planned.constants, num_warps=cut.warps, **_options(planned),
+    )  # fmt: skip
+
+
+def _multiply_in_parts(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    planned: Plan,
+) -> None:
+    (m, n), cut = y.shape, planned.cut
     grid = cut.grid(m, n)
     partial = counted = None
     if cut.parts > 1:
@@ -312,7 +408,7 @@ def multiply(
         partial = x.new_empty((cut.parts * tiles * cut.tile,), dtype=torch.float32)
         counted = counts(x.device, tiles)
     steps: Any = planned.steps
-    if interpreted:
+    if x.device.type != "cuda":
         import triton.language as tl
 
         steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
@@ -321,14 +417,11 @@ def multiply(
     units, words = codes.shape[1] * 2 // unit, codes.view(torch.int32)
     if unit > planned.constants["BLOCK"]:
         scales = scales.view(torch.int32)
-    options: dict[str, Any] = {"num_warps": cut.warps}
-    if planned.overlap:
-        options["launch_pdl"] = True
     kernel(
         x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
-        m, n, planned.columns, x.stride(0), units, steps, **planned.constants, **options,
+        m, n, planned.columns, x.stride(0), units, steps,
+        **planned.constants, num_warps=cut.warps, **_options(planned),
     )  # fmt: skip
-    return y
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _e6m2(stored, at, ROWS: tl.constexpr, NB: tl.constexpr, PLAIN: tl.constexpr)
     """
     byte = stored & 0xFF
     base = tl.where(byte == 0xFF, 0x7FC07FC0, byte * 0x00200020 + 0x5E805E80)[:, :, None]
-    stored = stored[:, :, None]
+    stored = tl.where(byte == 0xFF, 0, stored)[:, :, None]  # twice NaN, by its bits, would be a number
     second, third, third_4 = stored >> (8 + at), stored >> (16 + 2 * at), stored >> (24 + 2 * at)
     low, high = _doubled(base, second, 0, PLAIN), _doubled(base, second, 4, PLAIN)
     left = tl.join(_doubled(low, third, 0, PLAIN), _doubled(high, third_4, 0, PLAIN))
@@ -348,10 +348,17 @@ def few_tokens(
 
 
 @triton.jit
-def _arranged(x, ROWS: tl.constexpr, BK: tl.constexpr):
-    """x [ROWS, BK] in the order in which `many_tokens` contracts: pair j of all words of a run of 64, j = 0 … 3."""
-    x = x.reshape([ROWS, BK // 64, 8, 4, 2])
-    return tl.permute(x, (0, 1, 3, 2, 4)).reshape([ROWS, BK])
+def _arranged(x, ROWS: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr):
+    """x [ROWS, BK] in the order of a contraction on registers, by the columns that it reorders together.
+
+    64 (`many_tokens`): pair j of all words, j = 0 … 3. 128 (`overlapped`), where a thread holds four words: pair j of
+    the first two words of four threads, j = 0 … 3, then of the other two.
+    """
+    if RUN == 64:
+        x = tl.permute(x.reshape([ROWS, BK // 64, 8, 4, 2]), (0, 1, 3, 2, 4))
+    else:
+        x = tl.permute(x.reshape([ROWS, BK // 128, 4, 2, 2, 2, 4]), (0, 1, 3, 6, 4, 2, 5))
+    return x.reshape([ROWS, BK])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -364,15 +371,22 @@ def arrange(
     padded,
     ROWS: tl.constexpr,
     BK: tl.constexpr,
+    RUN: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """x [M, K] -> out [M, padded] in the order of `_arranged`, zeros past K."""
+    """x [M, K] -> out [M, padded] in the order of `_arranged`, zeros past K.
+
+    What comes after may start early (OVERLAP), and this kernel, too (EARLY).
+    """
     if OVERLAP:
         gdc_launch_dependents()
+    if EARLY:
+        gdc_wait()
     k = tl.program_id(0) * BK + tl.arange(0, BK)[None, :]
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     x = tl.load(x_ptr + m.to(tl.int64) * x_stride + k, (m < M) & (k < K), 0.0)
-    tl.store(out_ptr + m.to(tl.int64) * padded + k, _arranged(x, ROWS, BK), (m < M) & (k < padded))
+    tl.store(out_ptr + m.to(tl.int64) * padded + k, _arranged(x, ROWS, BK, RUN), (m < M) & (k < padded))
 
 
 @triton.jit(do_not_specialize=["M", "steps"])

@@ -24,6 +24,7 @@ from fp4compile.backends.triton import packed
 from fp4compile.backends.triton.packed import CUTS, Cut
 from fp4compile.files import cache_folder, write_atomically
 
+_KERNELS = ("packed_kernels", "packed_hopper_kernels")
 _ROUNDS = 5
 # Weights in turn, so that none is found in the L2 cache.
 _ROTATED_BYTES = 200 << 20
@@ -37,8 +38,9 @@ def path() -> Path:
 @cache
 def _place(index: int) -> str:
     """What a choice depends on beside the GEMM."""
-    source = hashlib.sha256(Path(packed.__file__).with_name("packed_kernels.py").read_bytes()).hexdigest()[:16]
-    return "|".join((torch.cuda.get_device_name(index), torch.__version__, version("triton"), source))
+    sources = (Path(packed.__file__).with_name(f"{name}.py").read_bytes() for name in _KERNELS)
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    return "|".join((torch.cuda.get_device_name(index), torch.__version__, version("triton"), digest))
 
 
 def _gemm(format: str, most: int, n: int, k: int) -> str:
@@ -98,10 +100,9 @@ def _fastest(format: str, m: int, n: int, k: int, cuts: Iterable[Cut], index: in
     copies = 1 + _ROTATED_BYTES // (codes.nbytes + scales.nbytes)
     weights = [(codes.clone(), scales.clone()) for _ in range(copies)]
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-    overlap = torch.cuda.get_device_capability(index) >= (9, 0)
 
     def milliseconds(cut: Cut) -> float:
-        planned = packed.plan(cut, m, k, format, False, overlap, plain=False)
+        planned = packed.planned(cut, m, n, k, format, False, index)
 
         def call(codes: torch.Tensor, scales: torch.Tensor) -> Callable[[], object]:
             return lambda: packed.multiply(x, codes, scales, None, None, None, planned, x.dtype)
@@ -124,7 +125,7 @@ def tune(format: str, n: int, k: int, tokens: Iterable[int] = tuple(CUTS), index
     chosen = {}
     with torch.cuda.device(index):
         for most in sorted({packed.bucket(m) for m in tokens}):
-            candidates = dict.fromkeys(cut for _, cut in packed.cuts(most, format))
+            candidates = dict.fromkeys(cut for _, cut in packed.cuts(most, k, format, packed.on_hopper(index)))
             chosen[most] = _fastest(format, most, n, k, candidates, index)
     rows = _read()
     here = rows.setdefault(_place(index), {})
