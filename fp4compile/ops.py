@@ -123,7 +123,7 @@ _ROWS = (
         "quantize_rowwise",
         "(Tensor x, str format, int axis, str rounding='nearest', str? scale_rule=None, Tensor? seed=None, "
         "int stream=0, int hadamard=0, Tensor? sign_seed=None, "
-        f"{_PRODUCER_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"{_PRODUCER_ARGS}, bool e5m2=False) -> (Tensor, Tensor, Tensor, Tensor)",
         reference.quantize_rowwise,
         reference.quantize_rowwise_fake,
         samples.quantize_rowwise,
@@ -132,7 +132,7 @@ _ROWS = (
         # Along axis 0 and along axis 1, in this order; options are given per axis.
         "quantize_rowwise_both",
         "(Tensor x, str format, str[] rounding, str[] scale_rule, int[] stream, int[] hadamard, Tensor? seed=None, "
-        f"Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> "
+        f"Tensor? sign_seed=None, {_PRODUCER_ARGS}, bool e5m2=False) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.quantize_rowwise_both,
         reference.quantize_rowwise_both_fake,

@@ -7,7 +7,8 @@ The rows of `ops` name them; the arguments are those of the ops' schemas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -292,23 +293,35 @@ def quantize_rowwise(
     p3: Tensor | None = None,
     p4: Tensor | None = None,
     producer: str = "",
+    e5m2: bool = False,
 ) -> tuple[Tensor, ...]:
     """FP8 values in rows, scales of rows, exponents of blocks, flags of rows (`rowwise`)."""
     fmt, axis = FORMATS[format], _axis(axis, x.dim())
     x = produce(x, (p1, p2, p3, p4), producer)
     t = _transform(x, axis, hadamard, sign_seed)
-    return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream)
+    dtype = rowwise.values_dtype(e5m2)
+    return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream, dtype)
 
 
-def quantize_rowwise_fake(
-    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, **kwargs: Any
-) -> tuple[Tensor, ...]:
+def _given(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults too."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def quantize_rowwise_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """The shape rule of `quantize_rowwise`."""
-    shape = _transformed_shape(x, axis, args[4] if len(args) > 4 else hadamard)
+    given = _given(quantize_rowwise, args, kwargs)
+    return _rows_fake(given["x"], given["format"], given["axis"], given["hadamard"], given["e5m2"])
+
+
+def _rows_fake(x: Tensor, format: str, axis: int, hadamard: int, e5m2: bool) -> tuple[Tensor, ...]:
+    shape = _transformed_shape(x, axis, hadamard)
     size, block = shape.pop(axis), FORMATS[format].block
     (rows,), blocks = shape, _ceil(size, block)
     return (
-        x.new_empty([rows, blocks * block], dtype=torch.float8_e4m3fn),
+        x.new_empty([rows, blocks * block], dtype=rowwise.values_dtype(e5m2)),
         x.new_empty([rows], dtype=torch.float32),
         x.new_empty([blocks, rows], dtype=torch.uint8),
         x.new_empty([_ceil(rows, rowwise.FLAGGED)], dtype=torch.uint8),
@@ -329,29 +342,23 @@ def quantize_rowwise_both(
     p3: Tensor | None = None,
     p4: Tensor | None = None,
     producer: str = "",
+    e5m2: bool = False,
 ) -> tuple[Tensor, ...]:
     """`quantize_rowwise` along axis 0, then along axis 1."""
     x = produce(x, (p1, p2, p3, p4), producer)
     rows = zip(rounding, scale_rule, stream, hadamard, strict=True)
     made = (
-        quantize_rowwise(x, format, axis, mode, rule, seed, number, size, sign_seed)
+        quantize_rowwise(x, format, axis, mode, rule, seed, number, size, sign_seed, e5m2=e5m2)
         for axis, (mode, rule, number, size) in enumerate(rows)
     )
     return tuple(tensor for four in made for tensor in four)
 
 
-def quantize_rowwise_both_fake(
-    x: Tensor,
-    format: str,
-    rounding: Sequence[str],
-    scale_rule: Sequence[str],
-    stream: Sequence[int],
-    hadamard: Sequence[int],
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
+def quantize_rowwise_both_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """The shape rule of `quantize_rowwise_both`."""
-    made = (quantize_rowwise_fake(x, format, axis, hadamard=size) for axis, size in enumerate(hadamard))
+    given = _given(quantize_rowwise_both, args, kwargs)
+    x, format, e5m2 = given["x"], given["format"], given["e5m2"]
+    made = (_rows_fake(x, format, axis, size, e5m2) for axis, size in enumerate(given["hadamard"]))
     return tuple(tensor for four in made for tensor in four)
 
 

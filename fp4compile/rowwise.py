@@ -1,12 +1,16 @@
 """FP4 operands as FP8 with one scale per row, which a row-wise scaled FP8 GEMM reads: the bit-exact oracle.
 
-    x [rows, K]  ->  values E4M3 [rows, K], scale fp32 [rows], exponents uint8 [blocks, rows], flags uint8 [groups]
-    x = values * scale    a block whose exponent is within [-8, 6] of that of its row's scale
+    x [rows, K]  ->  values FP8 [rows, K], scale fp32 [rows], exponents uint8 [blocks, rows], flags uint8 [groups]
+    x = values * scale    a block whose exponent lies in a window about that of its row's scale
     x = values * 2**k     any other block, k its exponent; the flag of its group of 16 rows is set
 
-E2M1 * 2**k has two significant bits. Over the fifteen exponents of the window it is an E4M3 number: the largest is
-6 * 2**6 = 384, the least, subnormal, 0.5 * 2**-8. So (values_a @ values_b^T) * scale_a * scale_b is the exact GEMM of
-the FP4 operands at the rate of FP8, but for rows that are flagged: those need the exponents of their blocks.
+E2M1 * 2**k has two significant bits. Over the fifteen exponents k from -8 to 6 it is an E4M3 number: the largest is
+6 * 2**6 = 384, the least, subnormal, 0.5 * 2**-8. Over the 29 from -15 to 13 it is an E5M2 number. So
+(values_a @ values_b^T) * scale_a * scale_b is the exact GEMM of the FP4 operands at the rate of FP8, but for rows that
+are flagged: those need the exponents of their blocks.
+
+Gradients are E5M2: along the tokens of a language model they span more than E4M3 has above a sample of them. FP8 GEMMs
+take one such operand, and no GEMM of a step reads two gradients.
 
 A sample of each row places its window, so that nobody reads the tensor twice.
 """
@@ -14,6 +18,9 @@ A sample of each row places its window, so that nobody reads the tensor twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,11 +28,27 @@ from torch import Tensor
 from fp4compile import codec
 from fp4compile.formats import E2M1, Format
 
-# Block exponents that E4M3 holds above and below that of the row's scale.
-ABOVE, BELOW = 6, 8
-# The scale's exponent against the one that the sample's maximum would have in a block: 5 binades are left above the
-# sample and 9 below it.
-HEADROOM = 1
+
+@dataclass(frozen=True)
+class Window:
+    """Block exponents that a dtype of FP8 holds, and where they lie.
+
+    Attributes:
+        below, above: how many it holds on either side of the exponent of the row's scale.
+        headroom: the scale's exponent against the one that the sample's maximum would have in a block.
+    """
+
+    below: int
+    above: int
+    headroom: int
+
+
+WINDOWS: Mapping[torch.dtype, Window] = MappingProxyType(
+    {
+        torch.float8_e4m3fn: Window(8, 6, 1),  # 5 binades are left above the sample, 9 below it
+        torch.float8_e5m2: Window(15, 13, 3),  # 10 and 18
+    }
+)
 # Bound on the scale's exponent: scales are normal numbers, and an accumulator times one of them fits fp32.
 MOST = 96
 SAMPLES = 64
@@ -51,8 +74,13 @@ def sampled(size: int, axis: int) -> list[int]:
     return [start + i for start in starts for i in range(run) if start + i < size]
 
 
-def windows(x: Tensor, fmt: Format, axis: int) -> Tensor:
-    """Exponents of the scales of the rows along `axis` of x [M, K], int64 [rows].
+def values_dtype(e5m2: bool) -> torch.dtype:
+    """The dtype of values in rows."""
+    return torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+
+
+def windows(x: Tensor, fmt: Format, axis: int, dtype: torch.dtype) -> Tensor:
+    """Exponents of the scales of the rows along `axis` of x [M, K] in `dtype`, int64 [rows].
 
     Values that are not finite are passed over. A sample of zeros takes the largest one of its group, 1 where the
     group has none.
@@ -66,7 +94,7 @@ def windows(x: Tensor, fmt: Format, axis: int) -> Tensor:
     most = torch.where(most == 0, 1.0, most)
     exponent = torch.frexp(most).exponent.to(torch.int64) - 1
     block = exponent - math.floor(math.log2(fmt.element.max))
-    return (block - HEADROOM).clamp(-MOST, MOST)
+    return (block - WINDOWS[dtype].headroom).clamp(-MOST, MOST)
 
 
 def _pow2(k: Tensor) -> Tensor:
@@ -74,8 +102,9 @@ def _pow2(k: Tensor) -> Tensor:
     return torch.exp2(k.to(torch.float64)).to(torch.float32)
 
 
-def _inside(k: Tensor, window: Tensor) -> Tensor:
-    return (k - window >= -BELOW) & (k - window <= ABOVE)
+def _inside(k: Tensor, window: Tensor, dtype: torch.dtype) -> Tensor:
+    held = WINDOWS[dtype]
+    return (k - window >= -held.below) & (k - window <= held.above)
 
 
 def quantize(
@@ -87,22 +116,24 @@ def quantize(
     scale_rule: str,
     seed: Tensor | None,
     stream: int,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [M, K] quantised along `axis`, as FP8 in rows; the arguments are those of `codec.quantize`.
 
     Args:
         x: what windows are placed by.
         transformed: what is quantised: x or its Hadamard transform.
+        dtype: of the values, a key of `WINDOWS`.
 
     Returns:
-        values float8_e4m3fn [rows, blocks * block], zero where the last block is filled up and NaN in blocks that are
+        values [rows, blocks * block], zero where the last block is filled up and NaN in blocks that are
         not finite; scale fp32 [rows]; exponents uint8 [blocks, rows]; flags uint8 [ceil(rows / 16)].
     """
     codes, stored = codec.quantize(transformed, fmt, axis, rounding, scale_rule, False, None, seed, stream, x.dtype)
     rows, blocks = stored.shape
-    window = windows(x, fmt, axis)[:, None]
+    window = windows(x, fmt, axis, dtype)[:, None]
     k = stored.to(torch.int64) - 127
-    inside, nan = _inside(k, window), stored == codec.SCALINGS["e8m0"].nan
+    inside, nan = _inside(k, window, dtype), stored == codec.SCALINGS["e8m0"].nan
     grid = torch.tensor(fmt.element.values, dtype=torch.float32, device=x.device)
     elements = grid[codec.unpack(codes).to(torch.int64)].unflatten(-1, (blocks, fmt.block))
     shifted = elements * _pow2(torch.where(inside, k - window, 0))[..., None]
@@ -114,7 +145,7 @@ def quantize(
     outside = (~inside & ~nan & ~empty).any(-1)
     flags = torch.nn.functional.pad(outside, (0, -rows % FLAGGED)).unflatten(0, (-1, FLAGGED)).any(-1)
     return (
-        values.flatten(1).to(torch.float8_e4m3fn),
+        values.flatten(1).to(dtype),
         _pow2(window).flatten(),
         stored.t().clone(memory_format=torch.contiguous_format),
         flags.to(torch.uint8),
@@ -127,6 +158,6 @@ def dequantize(values: Tensor, scale: Tensor, exponents: Tensor) -> Tensor:
     k = exponents.t().to(torch.int64) - 127
     window = torch.frexp(scale).exponent.to(torch.int64)[:, None] - 1
     # A block of NaN has no exponent of its own, and needs none.
-    k = torch.where(_inside(k, window) | (k > 127), window, k)
+    k = torch.where(_inside(k, window, values.dtype) | (k > 127), window, k)
     scaled = values.to(torch.float32).unflatten(-1, (blocks, -1))
     return (scaled * _pow2(k)[..., None]).flatten(1)

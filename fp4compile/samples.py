@@ -197,6 +197,7 @@ def quantize_rowwise() -> Iterator[Mapping[str, Any]]:
                 yield {**base, "scale_rule": "truncation-free", "hadamard": 32, "sign_seed": _SEED}
                 yield {**base, **stochastic, "scale_rule": "truncation-free"}
                 yield {**base, **stochastic, "hadamard": 16}
+                yield from ({**base, **more, "e5m2": True} for more in ({}, stochastic))
         for given in _produced_inputs():
             yield from ({**given, "format": name, "axis": axis} for axis in (0, 1))
 
@@ -209,6 +210,7 @@ def quantize_rowwise_both() -> Iterator[Mapping[str, Any]]:
             yield {**base, "rounding": ["nearest", "nearest"], "hadamard": [0, 0]}
             yield {**base, "rounding": ["stochastic", "nearest"], "hadamard": [32, 0]}
             yield {**base, "rounding": ["stochastic", "stochastic"], "hadamard": [16, 64]}
+            yield {**base, "rounding": ["stochastic", "nearest"], "hadamard": [32, 0], "e5m2": True}
         for given in _produced_inputs():
             yield {**base, **given, "rounding": ["nearest", "stochastic"], "hadamard": [32, 0]}
 
@@ -222,11 +224,13 @@ def mm_rowwise() -> Iterator[Mapping[str, Any]]:
             far, lost = a.clone(), a.clone()
             far[3] *= 2.0 ** torch.arange(size).remainder(64).floor_divide(32).mul(14)
             lost[2, 5], lost[140, 3] = float("nan"), float("inf")
-            for left in (a, far, lost):
+            for left, e5m2 in ((a, ""), (far, ""), (lost, ""), (far, "a"), (lost, "b")):
                 operands = {
                     f"{side}{name}": tensor
                     for side, x in (("a", left), ("b", b))
-                    for name, tensor in zip(names, reference.quantize_rowwise(x, format, 1), strict=True)
+                    for name, tensor in zip(
+                        names, reference.quantize_rowwise(x, format, 1, e5m2=side == e5m2), strict=True
+                    )
                 }
                 yield {**operands, "dtype": dtype}
                 yield {**operands, "dtype": dtype, "bias": _tensor(144, dtype=dtype, seed=3)}

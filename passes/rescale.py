@@ -1,4 +1,4 @@
-"""Multiply FP4 operands as FP8 with one scale per row, where a kernel does so and E4M3 holds their values.
+"""Multiply FP4 operands as FP8 with one scale per row, where a kernel does so and FP8 holds their values.
 
     mm(fake_quantize(%x, 'mxfp4', 1), permute(fake_quantize(%w, 'mxfp4', 1), [1, 0]))
     ->
@@ -6,9 +6,13 @@
     %w8, %w_scale, %w_exponents, %w_flags = quantize_rowwise(%w, 'mxfp4', 1)
     mm_rowwise(%x8, %x_scale, ..., %w8, %w_scale, ..., dtype)
 
+Gradients, whose blocks differ most, become E5M2, all others E4M3.
+
 A tensor that one half of the step wants along both axes, as dgrad and wgrad want the gradient, is read once.
 
-    quantize_rowwise(%dy, ..., 0), quantize_rowwise(%dy, ..., 1)  ->  quantize_rowwise_both(%dy, ...)
+    quantize_rowwise(%dy, ..., 0, e5m2=True), quantize_rowwise(%dy, ..., 1, e5m2=True)
+    ->
+    quantize_rowwise_both(%dy, ..., e5m2=True)
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ QUANTIZE, BOTH, MM = (OPS[name].overload for name in ("quantize_rowwise", "quant
 _PARTS = 4  # values, scale, exponents, flags
 # What `quantize_rowwise_both` takes per axis, and what both axes share.
 _PER_AXIS = ("rounding", "scale_rule", "stream", "hadamard")
-_SHARED = ("seed", "sign_seed")
+_SHARED = ("seed", "sign_seed", "e5m2")
 
 
 def _refusal(fake: Node | None) -> str | None:
@@ -55,7 +59,7 @@ class _Rewriter:
 
     graph: Graph
     context: Context
-    made: dict[Node, list[Node]] = field(default_factory=dict)
+    made: dict[tuple[Node, bool], list[Node]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
 
     def gemm(self, site: Site) -> bool:
@@ -70,7 +74,8 @@ class _Rewriter:
         bias = {"bias": cast(Node, node.args[0])} if node.target is aten.addmm.default else {}
         if node.kwargs or any(added.meta["val"].dim() != 1 for added in bias.values()):
             return self._refuse("what is added is not one bias per column")
-        parts = [self._operand(fake) for fake in operands if fake is not None]
+        e5m2 = [site.arguments.get("grad") == position for position in (op.a, op.b)]
+        parts = [self._operand(fake, wide) for fake, wide in zip(operands, e5m2, strict=True) if fake is not None]
         with self.graph.inserting_before(node):
             gemm = call(self.graph, MM, (*parts[0], *parts[1], node.meta["val"].dtype), node, **bias)
         for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
@@ -85,25 +90,27 @@ class _Rewriter:
         self.refused[reason] += 1
         return False
 
-    def _operand(self, fake: Node) -> list[Node]:
-        if fake not in self.made:
+    def _operand(self, fake: Node, e5m2: bool) -> list[Node]:
+        key = fake, e5m2
+        if key not in self.made:
+            options = {**fake.kwargs, **({"e5m2": True} if e5m2 else {})}
             with self.graph.inserting_before(fake):
-                quantized = call(self.graph, QUANTIZE, fake.args, fake, **fake.kwargs)
-                self.made[fake] = [call(self.graph, operator.getitem, (quantized, i), fake) for i in range(_PARTS)]
-        return self.made[fake]
+                quantized = call(self.graph, QUANTIZE, fake.args, fake, **options)
+                self.made[key] = [call(self.graph, operator.getitem, (quantized, i), fake) for i in range(_PARTS)]
+        return self.made[key]
 
     def pairs(self) -> int:
         """Quantise along both axes at once where that needs no more memory; the number of pairs."""
         found: dict[Any, list[Node]] = defaultdict(list)
         for node in self.graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
-            found[node.args[0], node.args[1], is_backward(node)].append(node)
+            found[node.args[0], node.args[1], is_backward(node), arguments(node)["e5m2"]].append(node)
         return sum(map(self._pair, found.values()))
 
     def _pair(self, nodes: Sequence[Node]) -> bool:
         """Join the first quantisation along each axis, if there is one along either."""
         first = {arguments(node)["axis"] % 2: node for node in reversed(nodes)}
         given = [arguments(first[axis]) for axis in sorted(first)]
-        shared = {name: {each[name] for each in given} - {None} for name in _SHARED}
+        shared = {name: {each[name] for each in given} - {None, False} for name in _SHARED}
         if len(first) != 2 or any(len(values) > 1 for values in shared.values()):
             return False
         fmt = FORMATS[given[0]["format"]]

@@ -79,6 +79,8 @@ def sizes(arguments: Mapping[str, Any]) -> str | None:
         return f"row-wise scaled FP8 GEMMs write bf16, not {arguments['dtype']}"
     if bias is not None and bias.dtype is not torch.bfloat16:
         return f"the bias is {bias.dtype}, not bf16"
+    if a.dtype is b.dtype is torch.float8_e5m2:
+        return "both operands are E5M2"
     if not isinstance(b.shape[0], int) or b.shape[0] % 16:
         return f"{b.shape[0]} output columns are no multiple of 16"
     return None if a.shape[0] != 0 and a.shape[1] != 0 else "an operand is empty"
@@ -93,11 +95,13 @@ class Plan:
 
     Attributes:
         shapes: axis -> (rows, length, blocks) of its results.
+        values: dtype of the values.
     """
 
     window: Launch
     quantize: Launch
     shapes: Mapping[int, tuple[int, int, int]]
+    values: torch.dtype
 
 
 @cache
@@ -115,6 +119,7 @@ def plan(
     wanted: tuple[tuple[int, Axis], ...],
     signs_drawn: bool,
     producer: str = "",
+    e5m2: bool = False,
 ) -> Plan:
     """Plan the quantisation of a contiguous x [rows, columns] along the wanted axes.
 
@@ -164,11 +169,13 @@ def plan(
     }
     groups = [ceil_div(shape[1 - axis], GROUP) if axis in shapes else 0 for axis in (0, 1)]
     looking = {"rows": shape[0], "columns": shape[1], "groups0": groups[0]}
-    sampling = {"EMAX": emax, "RUN0": RUNS[0], "RUN1": RUNS[1], **made}
+    values = rowwise.values_dtype(e5m2)
+    sampling = {"EMAX": emax, "HEADROOM": rowwise.WINDOWS[values].headroom, "RUN0": RUNS[0], "RUN1": RUNS[1], **made}
     return Plan(
         Launch(_KERNELS, "window", sum(groups), looking, sampling, 4),
         Launch(_KERNELS, "quantize", down * across, arguments, constants, warps),
         shapes,
+        values,
     )
 
 
@@ -176,9 +183,11 @@ _RESULTS = ("values", "scale", "exponents", "flags")
 _WINDOW = ("scale0_ptr", "flags0_ptr", "scale1_ptr", "flags1_ptr")
 
 
-def _results(x: Tensor, rows: int, length: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(
+    x: Tensor, values: torch.dtype, rows: int, length: int, blocks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        x.new_empty((rows, length), dtype=torch.float8_e4m3fn),
+        x.new_empty((rows, length), dtype=values),
         x.new_empty((rows,), dtype=torch.float32),
         x.new_empty((blocks, rows), dtype=torch.uint8),
         x.new_empty((ceil_div(rows, FLAGGED),), dtype=torch.uint8),
@@ -189,7 +198,7 @@ def arguments_of(
     planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None, **operands: Tensor | None
 ) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[Tensor, ...]]:
     """The tensors of the two launches on a contiguous x, and the op's results."""
-    results = {axis: _results(x, *sizes) for axis, sizes in planned.shapes.items()}
+    results = {axis: _results(x, planned.values, *sizes) for axis, sizes in planned.shapes.items()}
     source: dict[str, Any] = {"x_ptr": x, **contiguously(operands)}
     given = dict(source)
     for axis in (0, 1):
@@ -207,11 +216,12 @@ def _quantize(
     seed: Tensor | None,
     sign_seed: Tensor | None,
     producer: str,
+    e5m2: bool,
     **operands: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x = x.detach().contiguous()
     dtype = produced_dtype(x, producer)
-    planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer)
+    planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer, e5m2)
     (window, quantize), results = arguments_of(planned, x, seed, sign_seed, **operands)
     run(planned.window, window, x.device)
     run(planned.quantize, quantize, x.device)

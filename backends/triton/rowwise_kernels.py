@@ -2,15 +2,16 @@
 """Triton kernels of E2M1 operands as FP8 in rows, bit for bit the arithmetic of `fp4compile.rowwise`.
 
     window      x  ->  the scale of every row, from a sample of it; the flags are cleared
-    quantize    x  ->  E4M3 in rows along one axis or both, from one read of each tile; exponents of blocks; flags
+    quantize    x  ->  FP8 in rows along one axis or both, from one read of each tile; exponents of blocks; flags
     exact       operands, out  ->  out, rows and columns of flagged rows computed again from exponents, in TF32
 
 A thread holds whole blocks, or halves of them: maxima, transforms and rounding stay in its registers, and a block's
-scale is computed once or twice. Rounding happens in units of the row's scale, whose result is the E4M3 number.
+scale is computed once or twice. Rounding happens in units of the row's scale, whose result is the FP8 number.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,10 +28,11 @@ from fp4compile.backends.triton.arithmetic import (
     pow2,
     to_bits,
 )
-from fp4compile.rowwise import ABOVE, BELOW, FLAGGED, GROUP, HEADROOM, MOST, SAMPLES
+from fp4compile.rowwise import FLAGGED, GROUP, MOST, SAMPLES, WINDOWS
 
-_ABOVE, _BELOW = tl.constexpr(ABOVE), tl.constexpr(BELOW)
-_HEADROOM, _MOST = tl.constexpr(HEADROOM), tl.constexpr(MOST)
+_ABOVE, _BELOW = (tl.constexpr(getattr(WINDOWS[torch.float8_e4m3fn], side)) for side in ("above", "below"))
+_ABOVE_E5M2, _BELOW_E5M2 = (tl.constexpr(getattr(WINDOWS[torch.float8_e5m2], side)) for side in ("above", "below"))
+_MOST = tl.constexpr(MOST)
 _GROUP, _FLAGGED, _SAMPLES = tl.constexpr(GROUP), tl.constexpr(FLAGGED), tl.constexpr(SAMPLES)
 # 1.5 * 2**22: added in multiples of a power of two e, it leaves a sum rounded to e / 2, ties to even.
 _MAGIC = tl.constexpr(6291456.0)
@@ -102,6 +104,15 @@ def _round_pairs(x, inverse, one):
 
 
 @triton.jit
+def _inside(shift, values_ptr):
+    """Whether values behind the pointer hold blocks whose exponents are `shift` above that of their row's scale."""
+    if values_ptr.dtype.element_ty == tl.float8e5:
+        return (shift >= -_BELOW_E5M2) & (shift <= _ABOVE_E5M2)
+    else:
+        return (shift >= -_BELOW) & (shift <= _ABOVE)
+
+
+@triton.jit
 def _sampled(size, RUN: tl.constexpr):
     """`rowwise.sampled`: 64 positions along an axis of `size`."""
     at = tl.arange(0, _SAMPLES)
@@ -111,14 +122,14 @@ def _sampled(size, RUN: tl.constexpr):
 
 
 @triton.jit
-def _place_window(x, scale_ptr, flags_ptr, lane, lanes, EMAX: tl.constexpr, AXIS: tl.constexpr):
+def _place_window(x, scale_ptr, flags_ptr, lane, lanes, EMAX: tl.constexpr, HEADROOM: tl.constexpr, AXIS: tl.constexpr):
     """Scales of a group of rows from samples x, [GROUP, SAMPLES] or in columns [SAMPLES, GROUP]; its flag cleared."""
     bits = to_bits(x.to(tl.float32)) & 0x7FFFFFFF
     most = tl.max(tl.where(bits < INF, bits, 0), axis=AXIS)
     most = tl.where(most == 0, tl.max(most, axis=0), most)
     most = tl.where(most == 0, 0x3F800000, most)
     # The exponent of a subnormal number is far below the least that is left here.
-    window = (most >> 23) - (127 + EMAX + _HEADROOM)
+    window = (most >> 23) - (127 + EMAX + HEADROOM)
     window = tl.minimum(tl.maximum(window, -_MOST), _MOST)
     at = lane + tl.arange(0, _GROUP)
     tl.store(scale_ptr + at, pow2(window), at < lanes)
@@ -141,6 +152,7 @@ def window(
     columns,
     groups0,
     EMAX: tl.constexpr,
+    HEADROOM: tl.constexpr,
     RUN0: tl.constexpr,
     RUN1: tl.constexpr,
     PRODUCE: tl.constexpr,
@@ -154,14 +166,14 @@ def window(
             looked, lane = _sampled(rows, RUN0)[:, None], first + tl.arange(0, _GROUP)[None, :]
             index = looked * columns + lane
             x = _read(x_ptr, p1, p2, p3, p4, index, looked, lane, rows, columns, False, PRODUCE)
-            _place_window(x, scale0_ptr, flags0_ptr, first, columns, EMAX, 0)
+            _place_window(x, scale0_ptr, flags0_ptr, first, columns, EMAX, HEADROOM, 0)
     if scale1_ptr is not None:  # noqa: SIM102
         if pid >= groups0:
             start = (pid - groups0) * _GROUP
             row, at = start + tl.arange(0, _GROUP)[:, None], _sampled(columns, RUN1)[None, :]
             index = row.to(tl.int64) * columns + at
             y = _read(x_ptr, p1, p2, p3, p4, index, row, at, rows, columns, False, PRODUCE)
-            _place_window(y, scale1_ptr, flags1_ptr, start, rows, EMAX, 1)
+            _place_window(y, scale1_ptr, flags1_ptr, start, rows, EMAX, HEADROOM, 1)
 
 
 # --- quantisation ----------------------------------------------------------------------------------------------------
@@ -374,7 +386,7 @@ def _quantize_axis(
     lane = lane0 + tl.arange(0, L)
     window = (to_bits(tl.load(scale_ptr + lane, lane < lanes, 1.0)) >> 23)[:, None] - 127
     shift = exponent - window
-    inside = (shift >= -_BELOW) & (shift <= _ABOVE)
+    inside = _inside(shift, values_ptr)
     inverse = pow2(tl.where(inside, -window, -exponent))
     one = pow2(tl.where(inside, shift, 0))
     # A NaN takes the same way as every number.
@@ -513,7 +525,7 @@ def _decoded(
     at = block + tl.arange(0, STEP)[None, :]
     exponent = tl.load(exponents_ptr + at.to(tl.int64) * rows + row, there & (at < blocks), 0).to(tl.int32) - 127
     shift = exponent - window
-    inside = (shift >= -_BELOW) & (shift <= _ABOVE)
+    inside = _inside(shift, values_ptr)
     # A block of NaN has no exponent of its own, and needs none.
     scale = pow2(tl.where(inside | (exponent > 127), window, exponent))
     return (values.to(tl.float32).reshape([R, STEP, BLOCK]) * scale[:, :, None]).reshape([R, STEP * BLOCK])

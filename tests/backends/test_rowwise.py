@@ -92,16 +92,19 @@ def test_where_no_flag_stands_the_scale_is_all_that_is_needed() -> None:
         assert set(values[row, block].float().abs().tolist()) <= set(FORMATS["mxfp4"].element.magnitudes)
 
 
-def test_fifteen_binades_are_exact() -> None:
+@pytest.mark.parametrize("e5m2", [False, True])
+def test_every_binade_of_the_window_is_exact(e5m2: bool) -> None:
+    held = oracle.WINDOWS[oracle.values_dtype(e5m2)]
     x = staircase()
-    values, scale, exponents, flags = quantized(x)
+    values, scale, exponents, flags = quantized(x, e5m2=e5m2)
+    assert values.dtype is oracle.values_dtype(e5m2)
     assert flags.all()
-    assert (scale == 2.0 ** (-2 - oracle.HEADROOM)).all()  # E2M1 has two binades above one
+    assert (scale == 2.0 ** (-2 - held.headroom)).all()  # E2M1 has two binades above one
     plain = (values.float() * scale[:, None]).unflatten(1, (40, 32))
     exact = (plain == x.unflatten(1, (40, 32))).all(2)
-    shift = exponents.t().int() - 127 - (-2 - oracle.HEADROOM)
-    assert torch.equal(exact, (shift >= -oracle.BELOW) & (shift <= oracle.ABOVE))
-    assert (shift[exact].min(), shift[exact].max()) == (-oracle.BELOW, oracle.ABOVE)
+    shift = exponents.t().int() - 127 - (-2 - held.headroom)
+    assert torch.equal(exact, (shift >= -held.below) & (shift <= held.above))
+    assert (shift[exact].min(), shift[exact].max()) == (-held.below, held.above)
 
 
 def test_zeros_are_in_nobodys_way() -> None:
@@ -160,6 +163,7 @@ def test_sizes_that_the_gemm_takes() -> None:
         ({**given, "bias": randn(32)}, "bias is torch.float32"),
         (narrow, "multiple of 16"),
         (empty, "empty"),
+        ({**given, **operands(*(quantized(randn(n, 64), e5m2=True) for n in (5, 32)))}, "both operands are E5M2"),
     ):
         reason = rowwise.sizes(declined)
         assert reason is not None
@@ -355,8 +359,11 @@ BF16_PTX: dict[str, Callable[..., Tensor]] = {
 
 @needs_triton
 @pytest.mark.parametrize("window", [-96, -5, 0, 96])
-@pytest.mark.parametrize("shift", [-oracle.BELOW, -1, 0, oracle.ABOVE])
-def test_pairs_are_rounded_as_the_oracle_rounds(window: int, shift: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shift"),
+    [(dtype, shift) for dtype, held in oracle.WINDOWS.items() for shift in (-held.below, -1, 0, held.above)],
+)
+def test_pairs_are_rounded_as_the_oracle_rounds(window: int, dtype: torch.dtype, shift: int) -> None:
     """Every finite bf16 number, in a block that lies `shift` above the window of its row."""
     from fp4compile.backends.triton import rowwise_kernels as kernels
 
@@ -370,8 +377,8 @@ def test_pairs_are_rounded_as_the_oracle_rounds(window: int, shift: int) -> None
     below = (t[:, None] > middles).sum(1)
     code = below + ((t[:, None] == middles).any(1) & (below % 2 == 1))  # a tie goes to the even code
     expected = torch.copysign(grid[code] * 2.0**shift, _float(x).double())
-    got = low.to(torch.int16).view(torch.float16).to(torch.float8_e4m3fn)
-    assert torch.equal(got.view(torch.uint8), expected.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8))
+    got = low.to(torch.int16).view(torch.float16).to(dtype)
+    assert torch.equal(got.view(torch.uint8), expected.to(torch.float32).to(dtype).view(torch.uint8))
 
 
 @needs_triton
@@ -431,12 +438,12 @@ HOW = {
 @needs_triton
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
-@pytest.mark.parametrize("shape", [(256, 512), (70, 33)])
+@pytest.mark.parametrize(("shape", "e5m2"), [((256, 512), False), ((70, 33), False), ((256, 512), True)])
 def test_quantisation_compiles_for_sm_90_without_approximations(
-    shape: tuple[int, int], axes: tuple[int, ...], how: rowwise.Axis
+    shape: tuple[int, int], e5m2: bool, axes: tuple[int, ...], how: rowwise.Axis
 ) -> None:
     x, seed = meta(*shape), meta(dtype=torch.int64) if how.rounding == "stochastic" else None
-    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False)
+    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False, e5m2=e5m2)
     window, quantize = rowwise.arguments_of(planned, x, seed, None)[0]
     for each, given in ((planned.window, window), (planned.quantize, quantize)):
         assert_exact(compiled(each, given))
@@ -444,6 +451,7 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
     nearest = how.rounding == "nearest"
     ptx = compiled(planned.quantize, quantize)
     assert ("fma.rn.bf16x2" in ptx, "fma.rp.f32" in ptx) == (nearest, not nearest)
+    assert ("e5m2x2" in ptx, "e4m3x2" in ptx) == (e5m2, not e5m2)
 
 
 @needs_triton

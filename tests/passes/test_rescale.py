@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from fp4compile import rowwise as oracle
 from fp4compile.backend import Answer, Kernel, No, Yes, get_backend
 from fp4compile.backends.inductor import InductorBackend
 from fp4compile.backends.triton import rowwise
@@ -54,7 +55,8 @@ def test_every_gemm_reads_fp8_and_keeps_its_values(recipe: str) -> None:
     assert not found.calls("fake_quantize")
     for site in found.sites:
         assert site.node.target is OPS["mm_rowwise"].overload
-        assert {site.operand(name).meta["val"].dtype for name in site.arguments} == {torch.float8_e4m3fn}
+        for name in site.arguments:
+            assert site.operand(name).meta["val"].dtype is oracle.values_dtype(name == "grad")
     close(found.execute(), expected)
     text = found.text
     assert found.run("rescale") == 0
