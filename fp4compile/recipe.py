@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import tomli_w
 
-from fp4compile.codec import ROUNDINGS
 from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.files import write_atomically
 from fp4compile.formats import FORMATS
@@ -66,8 +65,7 @@ class Operand:
     def __post_init__(self) -> None:
         fmt = FORMATS[self.format]
         fmt.rule(self.scale_rule)
-        if self.rounding not in ROUNDINGS:
-            raise unknown("rounding", self.rounding, ROUNDINGS)
+        fmt.check_rounding(self.rounding)
         if self.hadamard:
             check_size(self.hadamard)
         if self.block_2d and fmt.block_2d is None:
