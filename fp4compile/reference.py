@@ -54,8 +54,10 @@ def tensor_scale(
     scale_rule: str | None = None,
 ) -> Tensor:
     """The scale of a whole tensor."""
-    x = produce(x, (p1, p2, p3, p4), producer)
-    return codec.tensor_scale(_transform(x, axis, hadamard, sign_seed), FORMATS[format], scale_rule)
+    fmt = FORMATS[format]
+    if fmt.scaling(scale_rule).shrink == 1.0:  # else it does not depend on x
+        x = _transform(produce(x, (p1, p2, p3, p4), producer), axis, hadamard, sign_seed)
+    return codec.tensor_scale(x, fmt, scale_rule)
 
 
 def quantize(

@@ -8,6 +8,10 @@
 
 Random bits are a function of (seed, stream, element), so recomputing a quantisation under activation checkpointing
 gives the same bits. Quantisations of one tensor along one axis under one spec share a stream, and so can be shared.
+Fresh signs of a transform belong to a GEMM, so nothing is shared between two GEMMs that have them:
+
+    %signs = aten.add(%seed, 3 << 32)                    # the third GEMM; a high word is a counter of its own
+    %h     = hadamard(%x, 0, 32, %signs)
 """
 
 from __future__ import annotations
@@ -35,18 +39,26 @@ def _draw_seed(graph: Graph, device: torch.device) -> Node:
     return seed
 
 
+def _sign_seed(graph: Graph, seed: Node, gemm: int, quantize: Node) -> Node:
+    """A seed of signs for one GEMM, before the first quantisation (or tensor scale) of its operands."""
+    scale = quantize.kwargs.get("tensor_scale")
+    with graph.inserting_before(scale if isinstance(scale, Node) else quantize):
+        return call(graph, torch.ops.aten.add.Tensor, (seed, (gemm + 1) << 32), quantize)
+
+
 def _dequantize_of(quantize: Node) -> Node:
     return next(user for item in quantize.users for user in item.users if user.target is DEQUANTIZE)
 
 
-def _transform(graph: Graph, quantize: Node, size: int) -> None:
+def _transform(graph: Graph, quantize: Node, size: int, sign_seed: Node | None) -> None:
     """Put a Hadamard transform before the quantisation (and before its tensor scale)."""
     x, _, axis = quantize.args
     assert isinstance(x, Node) and isinstance(axis, int)
     scale = quantize.kwargs.get("tensor_scale")
     first = scale if isinstance(scale, Node) else quantize
     with graph.inserting_before(first):
-        transformed = call(graph, OPS["hadamard"].overload, (x, axis, size), quantize)
+        signs = () if sign_seed is None else (sign_seed,)
+        transformed = call(graph, OPS["hadamard"].overload, (x, axis, size, *signs), quantize)
     first.update_arg(0, transformed)
     quantize.update_arg(0, transformed)
     quantize.update_kwarg("dtype", x.meta["val"].dtype)  # what the values must fit, now that the input is fp32
@@ -55,14 +67,16 @@ def _transform(graph: Graph, quantize: Node, size: int) -> None:
         dequantize.update_arg(5, size_of(graph, transformed, axis))
 
 
-def _stabilise(graph: Graph, quantize: Node, spec: Operand, seed: Node | None, stream: int) -> None:
+def _stabilise(
+    graph: Graph, quantize: Node, spec: Operand, seed: Node | None, stream: int, sign_seed: Node | None
+) -> None:
     if spec.hadamard:
-        _transform(graph, quantize, spec.hadamard)
+        _transform(graph, quantize, spec.hadamard, sign_seed)
     if spec.block_2d:
         quantize.update_kwarg("block_2d", True)
         _dequantize_of(quantize).update_arg(6, True)
-    if spec.rounding == "stochastic":
-        options: dict[str, Any] = {"rounding": "stochastic", "seed": seed, "stream": stream}
+    if spec.draws:
+        options: dict[str, Any] = {"rounding": spec.rounding, "seed": seed, "stream": stream}
         for name, option in options.items():
             quantize.update_kwarg(name, option)
     for changed in (quantize, *quantize.users, _dequantize_of(quantize), *_dequantize_of(quantize).users):
@@ -81,17 +95,22 @@ class Stabilise:
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
         seed: Node | None = None
+        sign_seeds: dict[int, Node] = {}
         streams: dict[tuple[Any, ...], int] = {}
         done = 0
         for node in graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
             spec = node.meta.get("fp4_spec")
             if spec is None or node.meta.get("fp4_stable"):
                 continue
-            if spec.rounding == "stochastic":
+            fresh = spec.signs == "fresh"
+            gemm = node.meta["fp4_gemm"]
+            if spec.draws or fresh:
                 seed = seed or _draw_seed(graph, node.args[0].meta["val"].device)
-            stream = streams.setdefault((node.args[0], node.args[2], spec), len(streams))
-            if spec.hadamard or spec.block_2d or spec.rounding == "stochastic":
-                _stabilise(graph, node, spec, seed, stream)
+            if seed and fresh and gemm not in sign_seeds:
+                sign_seeds[gemm] = _sign_seed(graph, seed, gemm, node)
+            stream = streams.setdefault((node.args[0], node.args[2], spec, fresh and gemm), len(streams))
+            if spec.hadamard or spec.block_2d or spec.draws:
+                _stabilise(graph, node, spec, seed, stream, sign_seeds[gemm] if fresh else None)
                 done += 1
             node.meta["fp4_stable"] = True
         return done

@@ -120,7 +120,7 @@ def test_formats_as_json():
         "element": "E2M1",
         "levels": ["e4m3 per 16", "fp32 per tensor"],
         "bits_per_value": 4.5,
-        "scale_rules": ["nearest", "truncation-free"],
+        "scale_rules": ["nearest", "truncation-free", "4over6", "17/16", "eden"],
         "block_2d": 16,
         "doc": fp4compile.FORMATS["nvfp4"].doc,
     }
