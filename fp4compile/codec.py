@@ -188,9 +188,7 @@ def _stored_e4m3(top_bits: Tensor) -> Tensor:
     return top_bits - ((127 - 7) << 3)
 
 
-def _round_e4m3(
-    scale: Tensor, u: Tensor, element: Element, tensor_scale: Tensor | None, largest: float
-) -> Tensor:
+def _round_e4m3(scale: Tensor, u: Tensor, element: Element, tensor_scale: Tensor | None, largest: float) -> Tensor:
     limit = _e4m3_limit(scale, element, tensor_scale, largest)
     bits = _bits(scale.clamp(max=limit).clamp(min=_E4M3_MIN_NORMAL))
     return _stored_e4m3((bits >> 20) + (u < (bits & 0xFFFFF).to(torch.float32) * 2.0**-20))

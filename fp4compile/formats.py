@@ -285,6 +285,8 @@ def register_format(fmt: Format) -> Format:
         if rule not in SCALE_RULES[first.dtype]:
             raise unknown(f"scale rule for {first.dtype} scales (format {fmt.name!r}):", rule, SCALE_RULES[first.dtype])
     if "eden" in fmt.roundings and (first.dtype != "e4m3" or EDEN_GROUP % first.block):
-        raise FP4ValueError(f"format {fmt.name!r}: rounding 'eden' needs E4M3 scales, whole blocks in {EDEN_GROUP} values")
+        raise FP4ValueError(
+            f"format {fmt.name!r}: rounding 'eden' needs E4M3 scales, whole blocks in {EDEN_GROUP} values"
+        )
     FORMATS.add(fmt)
     return fmt

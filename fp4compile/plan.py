@@ -223,7 +223,11 @@ def _lost_experts(unread: Sequence[str], recipe: Recipe) -> list[SiteRecord]:
     for name in unread:
         path = name.rpartition(".")[0]
         rule = recipe.rule_for(path, "forward")
-        wanted = rule and any(rule.operands.values()) and not (recipe.kept_by(path, "forward") or recipe.kept_by(name, "forward"))
+        wanted = (
+            rule
+            and any(rule.operands.values())
+            and not (recipe.kept_by(path, "forward") or recipe.kept_by(name, "forward"))
+        )
         if "expert" in path and wanted:
             reason = "no GEMM that reads these experts was found in the graph"
             formats: dict[str, str | None] = {"input": None, "weight": None}

@@ -94,8 +94,9 @@ def _quartet() -> Recipe:
         source="Quartet: Native FP4 Training Can Be Optimal for Large Language Models (Castro, Panferov et al., 2025, "
         "arXiv:2505.14669): Hadamard-32 on all operands, QuEST's scale for normal values and clip masks in the "
         "forward, SR of 3/4 of the values in the backward, which requantises the forward's X and W",
-        inferred="the scale follows from the root mean square, where the authors' code subtracts the mean of a block; "
-        "an element that is exactly the largest is not clipped; the forward transform has one fixed sign vector",
+        inferred="the scale follows from the root mean square, where the authors' code subtracts the mean of a block, "
+        "and is rounded down to a power of two as there; an element that is exactly the largest is not clipped; the "
+        "forward transform has one fixed sign vector",
     )
 
 
@@ -107,7 +108,7 @@ def _fp4_all_the_way() -> Recipe:
         _training(nearest, nearest, (sr, nearest), (sr, sr)),
         source="FP4 All the Way: Fully Quantized Training of LLMs (Chmiel, Fishman et al., 2025, arXiv:2505.19115): "
         "NVFP4, nearest in the forward, SR of the gradient in the backward and of gradient and input in the update",
-        inferred="a tensor scale as in NVFP4 of today; scales rounded to nearest; W is quantised anew along dgrad's axis",
+        inferred="a tensor scale, as NVFP4 has it; scales rounded to nearest; W is quantised anew along dgrad's axis",
     )
 
 
@@ -133,10 +134,10 @@ def _tetrajet_v2() -> Recipe:
         "tetrajet-v2",
         _training(forward, forward, (grad, again), (grad, again)),
         source="TetraJet-v2: Accurate NVFP4 Training for Large Language Models (Chen et al., 2025, arXiv:2510.27527): "
-        "nearest in the forward; SR under scales 17/16 as large and RHT-32 on all four operands of the backward, which "
+        "nearest in the forward; SR under scales 17/16 as large, RHT-32 on all four operands of the backward, which "
         "requantises the forward's X and W",
-        inferred="the outer scale belongs to the tensor, not to 128 values; signs are drawn for each GEMM; OsciReset and "
-        "OutControl are left out: they need a history of weights, and columns in higher precision",
+        inferred="the outer scale belongs to the tensor, not to 128 values; signs are drawn for each GEMM; OsciReset "
+        "and OutControl are left out: they need a history of weights, and columns in higher precision",
     )
 
 
@@ -151,7 +152,8 @@ def _quartet2() -> Recipe:
         "Schultheis, Tabesh, Alistarh, 2026, arXiv:2601.22813): 4 over 6 in the forward; MS-EDEN with re-signed "
         "RHT-128, scales 17/16 * 0.93 as large and E4M3 capped at 255.99 in the backward, which requantises X and W",
         inferred="corrections belong to 128 values and weigh them with their block scales, as the paper's formula does "
-        "(the authors' first code does not, the paper's second version corrects each 16); signs are drawn for each GEMM",
+        "(the authors' first code does not, the paper's second version corrects each 16); 4 over 6, an option of the "
+        "authors' code, is on; signs are drawn for each GEMM",
     )
 
 
@@ -166,8 +168,8 @@ def _nvfp4_4over6() -> Recipe:
         rules=(Rule("forward", input=x, weight=w), replace(dgrad, weight=w), wgrad),
         source="Four Over Six: More Accurate NVFP4 Quantization with Adaptive Block Scaling (Cook et al., 2025, "
         "arXiv:2512.02010), E4M3 capped at 256, on top of the recipe nvfp4",
-        inferred="4 over 6 on X and W of the forward and on the same W in dgrad; gradients and wgrad as in nvfp4, since "
-        "choosing after SR biases it; " + stock.inferred,
+        inferred="4 over 6 on X and W of the forward and on the same W in dgrad; gradients and wgrad as in nvfp4: a "
+        "choice after SR biases it; " + stock.inferred,
     )
 
 

@@ -76,9 +76,7 @@ def _check_options(x: Tensor, axis: int, fmt: Format, rounding: str, seed: int |
             raise FP4ValueError(f"2-D blocks tile the last two axes: axis {axis} of shape {tuple(x.shape)} is not one")
 
 
-def _tensor_scale(
-    x: Tensor, fmt: Format, scale_rule: str | None, given: Tensor | float | bool | None
-) -> Tensor | None:
+def _tensor_scale(x: Tensor, fmt: Format, scale_rule: str | None, given: Tensor | float | bool | None) -> Tensor | None:
     if not fmt.has_tensor_scale and fmt.is_scaled_per_tensor(scale_rule):
         if given not in (None, True):
             raise FP4ValueError(f"scale rule {scale_rule!r} of format {fmt.name} has a fixed tensor scale")

@@ -45,7 +45,7 @@ def _depth(site: Site, context: Context) -> str | None:
         raise RewriteError(
             f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)}, but this is "
             f"(part of) one block of a larger model, so the depth of {site.path!r} is not known. Compile the "
-            "whole model, or use a recipe with keep_last = 0 (and keep_first_n, keep_last_n = 0) that names the modules "
+            "whole model, or use a recipe with keep_last = 0 (keep_first_n and keep_last_n too) that names the modules "
             "to keep."
         )
     for prefix in sorted(context.depths, key=len):

@@ -22,7 +22,7 @@ from fp4compile.graph import Site, forward_of
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.recipe import Role
-from fp4compile.rewrite import call, through_permute
+from fp4compile.rewrite import arguments, call, through_permute
 
 HADAMARD, BACKWARD = OPS["hadamard"].overload, OPS["quantize_backward"].overload
 # Role -> the forward operand whose gradient the GEMM gives, and the operand that it shares with the forward.
@@ -37,8 +37,8 @@ def _owner(site: Site, context: Context) -> Site | None:
     rule = context.recipe.rule_for(site.path, "forward")
     if owner is None and rule and any(spec.clip_mask for spec in rule.operands.values() if spec):
         raise RewriteError(
-            f"recipe {context.recipe.name!r} asks for a clip mask, but which forward GEMM the {site.where} belongs to is "
-            f"not certain. Keep it (keep=[{site.path!r}])"
+            f"recipe {context.recipe.name!r} asks for a clip mask, but it is not certain which forward GEMM the "
+            f"{site.where} belongs to. Keep it (keep=[{site.path!r}])"
         )
     return owner if owner and owner.status == "fp4" else None
 
@@ -52,7 +52,7 @@ def _quantize_of(site: Site, name: str) -> Node:
 def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     operand, shared = _GRADIENT_OF[site.role]
     owner = _owner(site, context)
-    spec, again = owner and owner.specs.get(operand), site.specs.get(shared)
+    spec, again = owner.specs.get(operand) if owner else None, site.specs.get(shared)
     transformed = bool(spec and spec.hadamard and again and again.requantise)
     if owner is None or spec is None or not (spec.clip_mask or transformed):
         return False
@@ -62,9 +62,9 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     x, format, axis = cast(tuple[Node, str, int], quantized.args)
     options: dict[str, Any] = {k: v for k, v in quantized.kwargs.items() if k in _OPTIONS and spec.clip_mask}
     if x.target is HADAMARD:
-        x, _, options["hadamard"], *signs = cast(tuple[Any, ...], x.args)
-        options |= {"sign_seed": seed for seed in signs}
-        options["transformed"] = transformed
+        transform = arguments(x)
+        x = transform["x"]
+        options |= {"hadamard": transform["size"], "sign_seed": transform["seed"], "transformed": transformed}
     first = site.arguments[shared] == min(site.arguments.values())
     ndim = site.node.meta["val"].dim()
     features = ndim - 2 if first else ndim - 1
@@ -72,7 +72,8 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     with graph.inserting_after(site.node):
         if original is not None and axis % ndim != features:
             original = call(graph, torch.ops.aten.permute.default, (original, [1, 0]), site.node)
-        pulled = call(graph, BACKWARD, (site.node, original, format, features), site.node, **options)
+        given = {name: option for name, option in options.items() if option is not None}
+        pulled = call(graph, BACKWARD, (site.node, original, format, features), site.node, **given)
     site.node.replace_all_uses_with(pulled, delete_user_cb=lambda user: user is not pulled)
     return True
 
