@@ -90,6 +90,20 @@ def test_scale_rules(name, given, rule, truncation_free):
 
 
 @pytest.mark.parametrize("name", BUILTIN)
+def test_every_rule_and_rounding_of_a_format_is_a_row(name):
+    fmt = FORMATS[name]
+    assert fmt.scaling("truncation-free").truncation_free
+    assert fmt.roundings[:2] == ("nearest", "stochastic")
+    for rule in fmt.scale_rules:
+        assert fmt.is_scaled_per_tensor(rule) == (name == "nvfp4" or rule == "floor-3/4")
+        fmt.scaling(rule)
+    for rounding in fmt.roundings:
+        fmt.check_rounding(rounding)
+    with pytest.raises(FP4ValueError, match=f"rounding of format {name}: 'up'; allowed: "):
+        fmt.check_rounding("up")
+
+
+@pytest.mark.parametrize("name", BUILTIN)
 def test_an_unknown_scale_rule_names_the_allowed_ones(name):
     with pytest.raises(FP4ValueError, match=f"scale rule of format {name}: 'flor'; allowed: ") as error:
         FORMATS[name].rule("flor")
@@ -147,6 +161,11 @@ def test_register(registered):
         ({"levels": (ScaleLevel("e8m0", None),)}, "over an even block"),
         ({"levels": (ScaleLevel("e8m0", 5),)}, "over an even block"),
         ({"scale_rules": ("floor",)}, "must name 'truncation-free'"),
+        (
+            {"scale_rules": ("floor", "rceil", "truncation-free", "4over6")},
+            "rule for e8m0 scales .*'4over6'; allowed: ceil",
+        ),
+        ({"roundings": ("nearest", "eden")}, "rounding 'eden' needs E4M3 scales"),
     ],
 )
 def test_register_refuses(registered, changes, message):

@@ -261,6 +261,8 @@ def test_declines_say_why() -> None:
         "float64": {"x": torch.ones(2, 64, dtype=torch.float64)},
         "seed": {"x": torch.ones(2, 64), "rounding": "stochastic"},
         "power of two": {"x": torch.ones(2, 64), "hadamard": 48},
+        "scale rule 'gaussian'": {"x": torch.ones(2, 64), "format": "mxfp4", "scale_rule": "gaussian"},
+        "rounding 'eden'": {"x": torch.ones(2, 64), "format": "nvfp4", "rounding": "eden"},
         "2-D": {"x": torch.ones(2, 64), "block_2d": True},
         "not on the CPU": {"x": torch.ones(2, 64, device="meta")},
     }
