@@ -43,7 +43,7 @@ def _depth(site: Site, context: Context) -> str | None:
         return None
     if context.inner:
         raise RewriteError(
-            f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)}, but this is "
+            f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)} of the blocks, but this is "
             f"(part of) one block of a larger model, so the depth of {site.path!r} is not known. Compile the "
             "whole model, or use a recipe with keep_last = 0 (keep_first_n and keep_last_n too) that names the modules "
             "to keep."
@@ -54,7 +54,7 @@ def _depth(site: Site, context: Context) -> str | None:
             number, depth = int(found[1]), context.depths[prefix]
             last = max(int(depth * recipe.keep_last + 0.5), recipe.keep_last_n)
             kept = number < recipe.keep_first_n or number >= depth - last
-            return f"block {number} of {depth}: {_kept_blocks(recipe)}" if kept else None
+            return f"among {_kept_blocks(recipe)} of {depth} blocks" if kept else None
     return None
 
 
@@ -65,7 +65,7 @@ def _kept_blocks(recipe: Recipe) -> str:
         f"the last {recipe.keep_last:.0%}": recipe.keep_last,
         f"the last {recipe.keep_last_n}": recipe.keep_last_n,
     }
-    return " and ".join(part for part, applies in parts.items() if applies) + " of the blocks"
+    return " and ".join(part for part, applies in parts.items() if applies)
 
 
 _REASONS_TO_KEEP = (_head, _glob, _depth)
@@ -148,7 +148,7 @@ class Annotate:
         recipe = context.recipe
         if recipe.keeps_by_depth and context.sites and not context.depths:
             context.notes.append(
-                f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)}: "
+                f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)} of the blocks: "
                 "this model has no list of blocks, so it keeps none"
             )
         return 0
