@@ -71,7 +71,8 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     original = x if spec.clip_mask else None
     with graph.inserting_after(site.node):
         if original is not None and axis % ndim != features:
-            original = call(graph, torch.ops.aten.permute.default, (original, [1, 0]), site.node)
+            order = [*range(ndim - 2), ndim - 1, ndim - 2]
+            original = call(graph, torch.ops.aten.permute.default, (original, order), site.node)
         given = {name: option for name, option in options.items() if option is not None}
         pulled = call(graph, BACKWARD, (site.node, original, format, features), site.node, **given)
     site.node.replace_all_uses_with(pulled, delete_user_cb=lambda user: user is not pulled)

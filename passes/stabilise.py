@@ -16,8 +16,8 @@ Fresh signs of a transform belong to a GEMM, so nothing is shared between two GE
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -39,25 +39,53 @@ def _draw_seed(graph: Graph, device: torch.device) -> Node:
     return seed
 
 
-def _sign_seed(graph: Graph, seed: Node, gemm: int, quantize: Node) -> Node:
-    """A seed of signs for one GEMM, before the first quantisation (or tensor scale) of its operands."""
+@dataclass
+class _Draws:
+    """The random numbers of one graph: its seed, drawn when it is first wanted, and what follows from it."""
+
+    graph: Graph
+    drawn: Node | None = None
+    of_signs: dict[int, Node] = field(default_factory=dict)
+    streams: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def seed(self, quantize: Node) -> Node:
+        """The seed of the step."""
+        if self.drawn is None:
+            x = cast(Node, quantize.args[0])
+            self.drawn = _draw_seed(self.graph, x.meta["val"].device)
+        return self.drawn
+
+    def sign_seed(self, quantize: Node) -> Node:
+        """The seed of a GEMM's signs, made before the first quantisation (or tensor scale) of its operands."""
+        gemm = quantize.meta["fp4_gemm"]
+        if gemm not in self.of_signs:
+            with self.graph.inserting_before(_first(quantize)):
+                args = (self.seed(quantize), (gemm + 1) << 32)
+                self.of_signs[gemm] = call(self.graph, torch.ops.aten.add.Tensor, args, quantize)
+        return self.of_signs[gemm]
+
+    def stream(self, quantize: Node, spec: Operand) -> int:
+        """A number per tensor, axis and spec, and per GEMM where signs are its own."""
+        gemm = quantize.meta["fp4_gemm"] if spec.signs == "fresh" else None
+        return self.streams.setdefault((quantize.args[0], quantize.args[2], spec, gemm), len(self.streams))
+
+
+def _first(quantize: Node) -> Node:
+    """The first op that reads what is quantised: its tensor scale, if it has one."""
     scale = quantize.kwargs.get("tensor_scale")
-    with graph.inserting_before(scale if isinstance(scale, Node) else quantize):
-        return call(graph, torch.ops.aten.add.Tensor, (seed, (gemm + 1) << 32), quantize)
+    return scale if isinstance(scale, Node) else quantize
 
 
 def _dequantize_of(quantize: Node) -> Node:
     return next(user for item in quantize.users for user in item.users if user.target is DEQUANTIZE)
 
 
-def _transform(graph: Graph, quantize: Node, size: int, sign_seed: Node | None) -> None:
+def _transform(graph: Graph, quantize: Node, size: int, *signs: Node) -> None:
     """Put a Hadamard transform before the quantisation (and before its tensor scale)."""
     x, _, axis = quantize.args
     assert isinstance(x, Node) and isinstance(axis, int)
-    scale = quantize.kwargs.get("tensor_scale")
-    first = scale if isinstance(scale, Node) else quantize
+    first = _first(quantize)
     with graph.inserting_before(first):
-        signs = () if sign_seed is None else (sign_seed,)
         transformed = call(graph, OPS["hadamard"].overload, (x, axis, size, *signs), quantize)
     first.update_arg(0, transformed)
     quantize.update_arg(0, transformed)
@@ -67,16 +95,15 @@ def _transform(graph: Graph, quantize: Node, size: int, sign_seed: Node | None) 
         dequantize.update_arg(5, size_of(graph, transformed, axis))
 
 
-def _stabilise(
-    graph: Graph, quantize: Node, spec: Operand, seed: Node | None, stream: int, sign_seed: Node | None
-) -> None:
+def _stabilise(graph: Graph, quantize: Node, spec: Operand, stream: int, draws: _Draws) -> None:
     if spec.hadamard:
-        _transform(graph, quantize, spec.hadamard, sign_seed)
+        signs = [draws.sign_seed(quantize)] if spec.signs == "fresh" else []
+        _transform(graph, quantize, spec.hadamard, *signs)
     if spec.block_2d:
         quantize.update_kwarg("block_2d", True)
         _dequantize_of(quantize).update_arg(6, True)
     if spec.draws:
-        options: dict[str, Any] = {"rounding": spec.rounding, "seed": seed, "stream": stream}
+        options: dict[str, Any] = {"rounding": spec.rounding, "seed": draws.seed(quantize), "stream": stream}
         for name, option in options.items():
             quantize.update_kwarg(name, option)
     for changed in (quantize, *quantize.users, _dequantize_of(quantize), *_dequantize_of(quantize).users):
@@ -94,23 +121,14 @@ class Stabilise:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        seed: Node | None = None
-        sign_seeds: dict[int, Node] = {}
-        streams: dict[tuple[Any, ...], int] = {}
-        done = 0
+        draws, done = _Draws(graph), 0
         for node in graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
             spec = node.meta.get("fp4_spec")
             if spec is None or node.meta.get("fp4_stable"):
                 continue
-            fresh = spec.signs == "fresh"
-            gemm = node.meta["fp4_gemm"]
-            if spec.draws or fresh:
-                seed = seed or _draw_seed(graph, node.args[0].meta["val"].device)
-            if seed and fresh and gemm not in sign_seeds:
-                sign_seeds[gemm] = _sign_seed(graph, seed, gemm, node)
-            stream = streams.setdefault((node.args[0], node.args[2], spec, fresh and gemm), len(streams))
+            stream = draws.stream(node, spec)
             if spec.hadamard or spec.block_2d or spec.draws:
-                _stabilise(graph, node, spec, seed, stream, sign_seeds[gemm] if fresh else None)
+                _stabilise(graph, node, spec, stream, draws)
                 done += 1
             node.meta["fp4_stable"] = True
         return done
