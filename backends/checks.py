@@ -12,6 +12,12 @@ from fp4compile.formats import FORMATS
 Check = Callable[[Mapping[str, Any]], "str | None"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The scale rules that the kernels have, by the dtype of the scale.
+SCALE_RULES = {
+    "e6m2": ("authors", "truncation-free"),
+    "e8m0": ("floor", "ceil", "even", "rceil"),
+    "e4m3": ("nearest", "truncation-free"),
+}
 
 
 def input(arguments: Mapping[str, Any]) -> str | None:
@@ -34,6 +40,13 @@ def scalars(arguments: Mapping[str, Any]) -> str | None:
         if value is not None and (value.dtype != dtype or value.numel() != 1):
             return f"{name} is not one {dtype} number"
     return None
+
+
+def scale_rule(arguments: Mapping[str, Any]) -> str | None:
+    """A scale rule that the kernels have."""
+    fmt = FORMATS[arguments["format"]]
+    rule = fmt.rule(arguments["scale_rule"])
+    return None if rule in SCALE_RULES[fmt.levels[0].dtype] else f"scale rule {rule!r}"
 
 
 def rounding(arguments: Mapping[str, Any]) -> str | None:

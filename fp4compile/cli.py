@@ -394,7 +394,7 @@ def formats(
     if as_json:
         _print_json(rows)
         return
-    columns = ("format", "block", "element", "scale levels", "bits/value", "scale rules", "2-D", "about")
+    columns = ("format", "block", "element", "scale levels", "bits/value", "scale rules", "roundings", "2-D", "about")
     _stdout().print(_table("formats", columns, [[_cell(v) for v in row.values()] for row in rows]))
 
 
@@ -406,6 +406,7 @@ def _format_row(fmt: Format) -> dict[str, Any]:
         "levels": [f"{v.dtype} per {v.block or 'tensor'}" for v in fmt.levels],
         "bits_per_value": fmt.bits_per_value,
         "scale_rules": list(fmt.scale_rules),
+        "roundings": list(fmt.roundings),
         "block_2d": fmt.block_2d,
         "doc": fmt.doc,
     }
@@ -444,7 +445,7 @@ def recipes(
 
 
 def _print_recipe(recipe: Recipe) -> None:
-    columns = ("role", "modules", "operand", "format", "rounding", "scale rule", "Hadamard", "2-D blocks")
+    columns = ("role", "modules", "operand", "format", "rounding", "scale rule", "Hadamard", "2-D blocks", "also")
     rows = [
         (rule.role, rule.modules, operand, *_operand_cells(spec))
         for rule in recipe.rules
@@ -454,7 +455,9 @@ def _print_recipe(recipe: Recipe) -> None:
     console.print(_table(f"recipe {recipe.name}", columns, rows))
     kept = {
         "output heads": recipe.keep_heads,
+        f"the first {recipe.keep_first_n} blocks": recipe.keep_first_n,
         f"the last {recipe.keep_last:.0%} of the blocks": recipe.keep_last,
+        f"the last {recipe.keep_last_n} blocks": recipe.keep_last_n,
         ", ".join(recipe.keep): recipe.keep,
     }
     lines = {
@@ -471,11 +474,18 @@ def _operand_cells(spec: Operand | None) -> tuple[str, ...]:
     from fp4compile.formats import FORMATS
 
     if spec is None:
-        return ("high precision", "-", "-", "-", "-")
+        return ("high precision", "-", "-", "-", "-", "-")
     fmt = FORMATS[spec.format]
     edge = f"{fmt.block_2d}×{fmt.block_2d}" if spec.block_2d else "-"
     rule = spec.scale_rule or f"{fmt.rule(None)} (default)"
-    return spec.format, spec.rounding, rule, str(spec.hadamard or "-"), edge
+    transform = f"{spec.hadamard}, {spec.signs} signs" if spec.hadamard else "-"
+    also = {
+        "requantised": spec.requantise,
+        "clip mask": spec.clip_mask,
+        "no tensor scale": spec.tensor_scale is False,
+    }
+    extra = ", ".join(what for what, applies in also.items() if applies) or "-"
+    return spec.format, spec.rounding, rule, transform, edge, extra
 
 
 @command("fp4compile backends")

@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from fp4compile import philox
-from fp4compile.formats import Element, Format
+from fp4compile.formats import E4M3_MAX, EDEN_GROUP, Element, Format
 
-ROUNDINGS = ("nearest", "stochastic")
-
-E4M3_MAX = 448.0
 _E4M3_MIN_NORMAL = 2.0**-6
 _E6M2_MIN, _E6M2_MAX = 2.0**-48, 1.5 * 2.0**15
 _E6M2_NAN = 0xFF
@@ -31,6 +28,9 @@ _E4M3_NAN = 0x7F
 TENSOR_SCALE_MIN = 2.0**-121
 # The word of a group of HiF4 that holds NaN or Inf: level-2 and level-3 bits zero.
 _INT32_MASK = 0xFFFFFFFF
+# The scale that rounds a normal distribution of variance 1 to E2M1 with the least squared error puts 6 here (QuEST,
+# arXiv:2502.05003; the constant is that of the authors of Quartet, arXiv:2505.14669).
+_GAUSSIAN_PEAK = 2.92247856
 
 
 def _f32_from_bits(bits: Tensor) -> Tensor:
@@ -53,6 +53,20 @@ def _scale_pow2(x: Tensor, k: Tensor) -> Tensor:
     return x * _pow2(half) * _pow2(k - half)
 
 
+def _tree_sum(x: Tensor) -> Tensor:
+    """The sum along the last axis, kept: halves added to each other, so that every backend rounds alike."""
+    while x.shape[-1] > 1:
+        x = torch.nn.functional.pad(x, (0, x.shape[-1] % 2))
+        first, second = x.chunk(2, dim=-1)
+        x = first + second
+    return x
+
+
+def _divisor(value: float, like: Tensor) -> Tensor:
+    """A number to divide by: CUDA multiplies by the reciprocal of a Python number, which gives other bits."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
 # --- scales ----------------------------------------------------------------------------------------------------------
 # encode(magnitudes [..., n], format, rule, tensor_scale, largest) -> (t [..., n], stored scale [...])
 # decode(stored scale [...], format) -> multiplier, broadcastable to [..., n]
@@ -60,15 +74,23 @@ def _scale_pow2(x: Tensor, k: Tensor) -> Tensor:
 
 Encode = Callable[[Tensor, Format, str, Tensor | None, float], tuple[Tensor, Tensor]]
 Decode = Callable[[Tensor, Format], Tensor]
+# round(scale [...], u [...], element, tensor_scale, largest) -> stored scale
+Round = Callable[[Tensor, Tensor, Element, Tensor | None, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How block scales of one dtype are found and read; `nan` is what is stored for a block that is not finite."""
+    """How block scales of one dtype are found and read.
+
+    Attributes:
+        nan: what is stored for a block that is not finite.
+        round: stochastic rounding of a scale, for the dtypes whose formats have rounding "eden".
+    """
 
     encode: Encode
     decode: Decode
     nan: int
+    round: Round | None = None
 
 
 def e8m0_up_from(element: Element, rule: str) -> int:
@@ -81,6 +103,7 @@ def e8m0_up_from(element: Element, rule: str) -> int:
 
     return {
         "floor": 1 << 23,  # which no fraction reaches
+        "floor-3/4": 1 << 23,
         "ceil": 1,
         "even": fraction((top + 2.0 ** (emax + 1)) / 2),  # halfway between the largest element and the next power of 2
         "rceil": fraction(top) + 1,
@@ -90,17 +113,24 @@ def e8m0_up_from(element: Element, rule: str) -> int:
 def _encode_e8m0(
     mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
 ) -> tuple[Tensor, Tensor]:
+    row, top = fmt.scaling(rule), fmt.element.max
     amax = mag.amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
     fraction, f = ((mantissa * 2.0 - 1.0) * 2.0**23).to(torch.int64), exponent.to(torch.int64) - 1
-    top = fmt.element.max
-    emax = math.floor(math.log2(top))
-    up = fraction >= e8m0_up_from(fmt.element, rule)
-    # The largest element times 2**k must be finite in the output dtype.
-    k_max = math.floor(math.log2(largest / top))
-    k = (f - emax + up).clamp(-127, min(k_max, 127))
-    k = torch.where(amax == 0, -127, k)
-    return _scale_pow2(mag, -k), (k + 127).squeeze(-1)
+    if row.gaussian:
+        k = f + _gaussian_exponent(_scale_pow2(mag, -f), top)
+    else:
+        k = f - math.floor(math.log2(top)) + (fraction >= e8m0_up_from(fmt.element, rule))
+    # The largest element times its scale must be finite in the output dtype.
+    k_max = math.floor(math.log2(largest * row.shrink / top))
+    k = torch.where(amax == 0, -127, k.clamp(-127, min(k_max, 127)))
+    return _scale_pow2(mag, -k) * row.shrink, (k + 127).squeeze(-1)
+
+
+def _gaussian_exponent(mag: Tensor, top: float) -> Tensor:
+    """floor(log2) of the least-error scale of normally distributed blocks with the root mean square of these."""
+    rms = (_tree_sum(mag * mag) / mag.shape[-1]).sqrt()
+    return torch.frexp(rms * (_GAUSSIAN_PEAK / top)).exponent.to(torch.int64) - 1
 
 
 def _decode_e8m0(stored: Tensor, fmt: Format) -> Tensor:
@@ -113,16 +143,55 @@ def _decode_e8m0(stored: Tensor, fmt: Format) -> Tensor:
 def _encode_e4m3(
     mag: Tensor, fmt: Format, rule: str, tensor_scale: Tensor | None, largest: float
 ) -> tuple[Tensor, Tensor]:
-    scale = mag.amax(-1, keepdim=True) / fmt.element.max
+    row = fmt.scaling(rule)
+    # A block's maximum that becomes the element's largest stays finite without a limit.
+    limit = E4M3_MAX if row.peaks == (1.0,) else _e4m3_limit(mag, fmt.element, tensor_scale, largest)
+    first, *others = (_e4m3(mag, fmt.element.max * peak, row.upward, tensor_scale, limit) for peak in row.peaks)
+    for other in others:
+        better = _squared_error(*other, fmt.element) < _squared_error(*first, fmt.element)
+        first = (torch.where(better, other[0], first[0]), torch.where(better, other[1], first[1]))
+    t, scale = first
+    return t, _stored_e4m3(_bits(scale) >> 20).squeeze(-1)
+
+
+def _e4m3_limit(like: Tensor, element: Element, tensor_scale: Tensor | None, largest: float) -> Tensor:
+    """The largest E4M3 number that, times the largest element and the tensor scale, is finite in the output dtype."""
+    limit = _divisor(largest * (1 - 2.0**-20) / element.max, like)
+    limit = (limit if tensor_scale is None else limit / tensor_scale).clamp(_E4M3_MIN_NORMAL, E4M3_MAX)
+    return _f32_from_bits(_bits(limit) >> 20 << 20)
+
+
+def _e4m3(
+    mag: Tensor, peak: float, upward: bool, tensor_scale: Tensor | None, limit: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """t and the E4M3 scale that brings the largest magnitude of each block to `peak`, in fp32."""
+    scale = mag.amax(-1, keepdim=True) / _divisor(peak, mag)
     if tensor_scale is not None:
         scale = scale / tensor_scale
-    scale = scale.clamp(_E4M3_MIN_NORMAL, E4M3_MAX)  # always a normal E4M3 number: only the mantissa is rounded
+    # Always a normal E4M3 number: only the mantissa is rounded.
+    scale = scale.clamp(max=limit).clamp(min=_E4M3_MIN_NORMAL)
     bits = _bits(scale)
-    up = 0x7FFFF + ((bits >> 20) & 1) if rule == "nearest" else 0xFFFFF
-    rounded = (bits + up) >> 20
-    stored = rounded - ((127 - 7) << 3)
+    up = 0xFFFFF if upward else 0x7FFFF + ((bits >> 20) & 1)
+    scale = _f32_from_bits((bits + up) >> 20 << 20)
     one = torch.ones((), device=mag.device) if tensor_scale is None else 1.0 / tensor_scale
-    return mag * (one / _f32_from_bits(rounded << 20)), stored.squeeze(-1)
+    return mag * (one / scale), scale
+
+
+def _squared_error(t: Tensor, scale: Tensor, element: Element) -> Tensor:
+    """The sum of squared errors of each block when t is rounded to nearest, in units of the tensor scale."""
+    error = (_grid(element, t.device)[round_nearest(t, element)] - t) * scale
+    return _tree_sum(error * error)
+
+
+def _stored_e4m3(top_bits: Tensor) -> Tensor:
+    """The byte of a normal E4M3 number from the sign, exponent and three mantissa bits of its fp32 form."""
+    return top_bits - ((127 - 7) << 3)
+
+
+def _round_e4m3(scale: Tensor, u: Tensor, element: Element, tensor_scale: Tensor | None, largest: float) -> Tensor:
+    limit = _e4m3_limit(scale, element, tensor_scale, largest)
+    bits = _bits(scale.clamp(max=limit).clamp(min=_E4M3_MIN_NORMAL))
+    return _stored_e4m3((bits >> 20) + (u < (bits & 0xFFFFF).to(torch.float32) * 2.0**-20))
 
 
 def _decode_e4m3(stored: Tensor, fmt: Format) -> Tensor:
@@ -189,7 +258,7 @@ def _decode_e6m2(stored: Tensor, fmt: Format) -> Tensor:
 
 SCALINGS = {
     "e8m0": Scaling(_encode_e8m0, _decode_e8m0, _E8M0_NAN),
-    "e4m3": Scaling(_encode_e4m3, _decode_e4m3, _E4M3_NAN),
+    "e4m3": Scaling(_encode_e4m3, _decode_e4m3, _E4M3_NAN, _round_e4m3),
     "e6m2": Scaling(_encode_e6m2, _decode_e6m2, _E6M2_NAN),
 }
 
@@ -223,6 +292,28 @@ def round_stochastic(t: Tensor, element: Element, u: Tensor) -> Tensor:
     upper = (lower + 1).clamp(max=7)
     gap = (grid[upper] - grid[lower]).clamp(min=grid[1])
     return lower + (u < (t - grid[lower]) / gap)
+
+
+def corrected_scales(t: Tensor, code: Tensor, scale: Tensor, element: Element) -> Tensor:
+    """Block scales times S = <x, x> / <x, Q(x)> of their group: what makes nearest rounding of rotated x unbiased.
+
+    EDEN (Vargaftik et al., arXiv:2108.08842) for blocks with scales of their own (MS-EDEN, arXiv:2601.22813).
+
+    Args:
+        t, code: scaled magnitudes and their codes [..., blocks, n].
+        scale: block scales [..., blocks, 1].
+    """
+    blocks, n = t.shape[-2:]
+    per_group = EDEN_GROUP // n
+    exact, rounded = t * scale, _grid(element, t.device)[code] * scale
+
+    def of_groups(products: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(products, (0, 0, 0, -blocks % per_group))
+        return _tree_sum(padded.unflatten(-2, (-1, per_group)).flatten(-2))
+
+    over, under = of_groups(exact * exact), of_groups(exact * rounded)
+    correction = torch.where(under > 0, over / under, 1.0)
+    return scale * correction.repeat_interleave(per_group, dim=-2)[..., :blocks, :]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -261,17 +352,52 @@ def unpack(packed: Tensor) -> Tensor:
 # --- the four verbs --------------------------------------------------------------------------------------------------
 
 
-def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
-    """The per-tensor scale: amax of the finite values / (E4M3 max * element max); 1 for an all-zero tensor. 0-d fp32.
+def tensor_scale(x: Tensor, fmt: Format, scale_rule: str | None = None) -> Tensor:
+    """The number that multiplies what codes and block scales say. 0-d fp32.
 
-    Values that are not finite poison their own block only, so they do not enter the maximum. The scale is at least
-    2**-121: the reciprocal of a smaller one times a block scale can be infinite.
+    A format with a scale per tensor: amax of the finite values / (the rule's largest block scale * its peak), 1 for an
+    all-zero tensor. Values that are not finite poison their own block only, so they do not enter the maximum. The
+    scale is at least 2**-121: the reciprocal of a smaller one times a block scale can be infinite. A rule that shrinks
+    values: what undoes it.
     """
+    row = fmt.scaling(scale_rule)
+    if row.shrink != 1.0:
+        return torch.full((), 1.0 / row.shrink, dtype=torch.float32, device=x.device)
     mag = x.detach().abs().to(torch.float32)
     mag = torch.where(mag.isfinite(), mag, 0.0)
     amax = mag.amax() if mag.numel() else mag.new_zeros(())
-    scale = (amax / (E4M3_MAX * fmt.element.max)).clamp(min=TENSOR_SCALE_MIN)
+    scale = (amax / _divisor(tensor_scale_divisor(fmt, scale_rule), mag)).clamp(min=TENSOR_SCALE_MIN)
     return torch.where(amax == 0, 1.0, scale)
+
+
+def tensor_scale_divisor(fmt: Format, scale_rule: str | None) -> float:
+    """What the largest magnitude of a tensor is divided by to give its scale."""
+    row = fmt.scaling(scale_rule)
+    return row.most * fmt.element.max * row.peaks[0]
+
+
+def _scaled(
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    scale_rule: str,
+    block_2d: bool,
+    tensor_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of x along `axis`, t = |x| / scale, stored scales, and which blocks [..., 1] are not finite (t is 0)."""
+    moved = x.detach().movedim(axis, -1)
+    values = _to_blocks(moved.to(torch.float32), fmt.block, fmt.block_2d if block_2d else None)
+    bad = ~values.isfinite().all(-1, keepdim=True)
+    values = torch.where(bad, 0.0, values)
+    scaling, largest = SCALINGS[fmt.levels[0].dtype], torch.finfo(dtype).max
+    t, stored = scaling.encode(values.abs(), fmt, fmt.rule(scale_rule), tensor_scale, largest)
+    return values, t, stored, bad
+
+
+def _rows(x: Tensor, axis: int) -> int:
+    """The length of the axis before the blocked one, once that is last."""
+    return x.movedim(axis, -1).shape[-2] if x.dim() > 1 else 1
 
 
 def quantize(
@@ -288,28 +414,46 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of `x` in blocks along `axis`, such that the decoded values are finite in `dtype`.
 
+    `rounding` "eden" rounds to nearest, then corrects block scales and rounds those stochastically.
+
     Returns:
         Packed codes, uint8 `[..., K/2]` with the blocked axis last and padded to whole blocks; stored scales of dtype
         `fmt.scale_dtype`, `[..., blocks]`, or `[..., R/b, K/b]` for 2-D blocks.
     """
     edge = fmt.block_2d if block_2d else None
     scaling = SCALINGS[fmt.levels[0].dtype]
-    moved = x.detach().movedim(axis, -1)
-    values = _to_blocks(moved.to(torch.float32), fmt.block, edge)
-    bad = ~values.isfinite().all(-1, keepdim=True)
-    values = torch.where(bad, 0.0, values)
-    t, stored = scaling.encode(values.abs(), fmt, fmt.rule(scale_rule), tensor_scale, torch.finfo(dtype).max)
-    if rounding == "nearest":
-        code = round_nearest(t, fmt.element)
-    else:
+    values, t, stored, bad = _scaled(x, fmt, axis, scale_rule, block_2d, tensor_scale, dtype)
+
+    def uniform() -> Tensor:
         assert seed is not None
         u = philox.uniform(tuple(x.shape), seed, stream, x.device).movedim(axis, -1)
-        code = round_stochastic(t, fmt.element, _to_blocks(u, fmt.block, edge))
+        return _to_blocks(u, fmt.block, edge)
+
+    code = round_stochastic(t, fmt.element, uniform()) if rounding == "stochastic" else round_nearest(t, fmt.element)
+    if rounding == "eden":
+        assert scaling.round is not None
+        scales = corrected_scales(t, code, scaling.decode(stored, fmt), fmt.element)
+        largest = torch.finfo(dtype).max
+        stored = scaling.round(scales.squeeze(-1), uniform()[..., 0], fmt.element, tensor_scale, largest)
     code = code + 8 * values.signbit()
-    rows = moved.shape[-2] if moved.dim() > 1 else 1
-    codes = pack(_from_blocks(code, rows, edge))
+    codes = pack(_from_blocks(code, _rows(x, axis), edge))
     stored = torch.where(bad.squeeze(-1), scaling.nan, stored)
     return codes.contiguous(), stored.to(fmt.scale_dtype).contiguous()
+
+
+def unclipped(
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    scale_rule: str,
+    block_2d: bool,
+    tensor_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Whether the grid reaches each element of x under its block's scale: bool of x's shape."""
+    _, t, _, _ = _scaled(x, fmt, axis, scale_rule, block_2d, tensor_scale, dtype)
+    inside = _from_blocks(t <= fmt.element.max, _rows(x, axis), fmt.block_2d if block_2d else None)
+    return inside[..., : x.shape[axis]].movedim(-1, axis)
 
 
 def dequantize(
@@ -335,8 +479,8 @@ def dequantize(
     if tensor_scale is not None:
         values = values * tensor_scale
     rows = codes.shape[-2] if codes.dim() > 1 else 1
-    flat = _from_blocks(values, rows, edge)[..., :size]
-    return flat.to(dtype).movedim(-1, axis).contiguous()
+    flat = _from_blocks(values, rows, edge)[..., :size].to(dtype).movedim(-1, axis)
+    return flat.clone(memory_format=torch.contiguous_format)  # the strides of its shape, also of sizes 0 and 1
 
 
 def fake_quantize(

@@ -119,7 +119,7 @@ def warn_unmatched(recipe: Recipe, root: nn.Module | None) -> None:
     if root is None:
         return
     names = [name for name, _ in root.named_modules() if name] + [name for name, _ in root.named_parameters()]
-    for glob in (*recipe.keep, *(rule.modules for rule in recipe.rules)):
+    for glob in recipe.globs:
         if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
             near = get_close_matches(glob, names, n=1, cutoff=0.0)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -141,7 +141,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         options.strict,
         embeddings=set(where.embeddings),
         depths=where.depths,
-        inner=bool(recipe.keep_last) and where.is_inner(),
+        inner=recipe.keeps_by_depth and where.is_inner(),
     )
 
 

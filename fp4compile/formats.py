@@ -12,7 +12,7 @@ HiFloat4 paper with its authors' published kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -23,6 +23,10 @@ import torch
 from fp4compile.errors import FP4ValueError, unknown
 
 Tie = Literal["even", "away"]
+
+E4M3_MAX = 448.0
+# Elements that share a correction under rounding "eden": those that one Hadamard transform has mixed (Quartet II).
+EDEN_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,62 @@ class ScaleLevel:
 
 
 @dataclass(frozen=True)
+class ScaleRule:
+    """How the values of a block decide its scale. The codec of the scale's dtype reads the columns that concern it.
+
+    Attributes:
+        truncation_free: whether no value exceeds the element's largest: what unbiased stochastic rounding needs.
+        peaks: what the largest magnitude of a block becomes, as multiples of the element's largest one. Of several,
+            each block takes the one with the least sum of squared errors, rounded to nearest.
+        most: the largest block scale that the scale of a whole tensor leaves room for.
+        upward: whether the scale is rounded up.
+        shrink: factor on values that are scaled already, before they are rounded.
+        gaussian: the block's scale follows from its root mean square and not from its maximum.
+    """
+
+    truncation_free: bool
+    peaks: tuple[float, ...] = (1.0,)
+    most: float = E4M3_MAX
+    upward: bool = False
+    shrink: float = 1.0
+    gaussian: bool = False
+
+
+# dtype of the first scale level -> its rules by name.
+SCALE_RULES: Mapping[str, Mapping[str, ScaleRule]] = MappingProxyType(
+    {
+        "e6m2": MappingProxyType({"authors": ScaleRule(False), "truncation-free": ScaleRule(True)}),
+        "e8m0": MappingProxyType(
+            {
+                # OCP Microscaling Formats v1.0; `codec.e8m0_up_from` tells the four apart.
+                "floor": ScaleRule(False),
+                "ceil": ScaleRule(True),
+                "even": ScaleRule(False),
+                "rceil": ScaleRule(True),
+                # Tseng et al., "Training LLMs with MXFP4", arXiv:2502.20586: `floor` leaves magnitudes below 8, 3/4 of
+                # which fit; 4/3 is left for the accumulator.
+                "floor-3/4": ScaleRule(True, shrink=0.75),
+                # Castro et al., "Quartet", arXiv:2505.14669: least squared error on a normal distribution (QuEST).
+                "gaussian": ScaleRule(False, gaussian=True),
+            }
+        ),
+        "e4m3": MappingProxyType(
+            {
+                "nearest": ScaleRule(False),
+                "truncation-free": ScaleRule(True, upward=True),
+                # Cook et al., "Four Over Six", arXiv:2512.02010: 6 or 4; a block scale for 4 is 1.5 times as large.
+                "4over6": ScaleRule(False, peaks=(1.0, 4 / 6), most=256.0),
+                # Chen et al., "TetraJet-v2", arXiv:2510.27527: a scale is rounded down to 16/17 of itself at worst.
+                "17/16": ScaleRule(True, peaks=(16 / 17,)),
+                # Panferov et al., "Quartet II", arXiv:2601.22813: least error; room for corrections of the scales.
+                "eden": ScaleRule(False, peaks=(16 / 17 / 0.93,), most=255.99),
+            }
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
 class Format:
     """A 4-bit block format.
 
@@ -78,6 +138,7 @@ class Format:
         aliases: names of scale rules that stand for another one.
         block_2d: edge of a square weight block, or None where the format has none.
         doc: one line for `fp4compile formats`.
+        roundings: allowed `rounding` names, the default first.
     """
 
     name: str
@@ -88,6 +149,7 @@ class Format:
     aliases: Mapping[str, str]
     block_2d: int | None
     doc: str
+    roundings: tuple[str, ...] = ("nearest", "stochastic")
 
     @property
     def block(self) -> int:
@@ -109,12 +171,30 @@ class Format:
         if scale_rule is None:
             return self.scale_rules[0]
         if scale_rule not in self.scale_rules:
-            raise unknown(f"scale rule of format {self.name}:", scale_rule, self.scale_rules)
+            raise self._lacks("scale rule", scale_rule, lambda fmt: fmt.scale_rules)
         return self.aliases.get(scale_rule, scale_rule)
+
+    def scaling(self, scale_rule: str | None) -> ScaleRule:
+        """The row of the rule that `scale_rule` stands for."""
+        return SCALE_RULES[self.levels[0].dtype][self.rule(scale_rule)]
+
+    def check_rounding(self, rounding: str) -> None:
+        """Raise unless the format has the rounding."""
+        if rounding not in self.roundings:
+            raise self._lacks("rounding", rounding, lambda fmt: fmt.roundings)
+
+    def _lacks(self, what: str, name: str, names: Callable[[Format], tuple[str, ...]]) -> FP4ValueError:
+        error = unknown(f"{what} of format {self.name}:", name, names(self))
+        having = [fmt.name for fmt in FORMATS.values() if name in names(fmt)]
+        return FP4ValueError(f"{error} ({name!r} is a {what} of {', '.join(having)})") if having else error
 
     def is_truncation_free(self, scale_rule: str | None) -> bool:
         """Whether no value of a block can exceed the grid under `scale_rule`: what unbiased SR needs."""
-        return self.rule(scale_rule) == self.rule("truncation-free")
+        return self.scaling(scale_rule).truncation_free
+
+    def is_scaled_per_tensor(self, scale_rule: str | None) -> bool:
+        """Whether a number for the whole tensor multiplies what codes and block scales say, under `scale_rule`."""
+        return self.has_tensor_scale or self.scaling(scale_rule).shrink != 1.0
 
 
 E2M1 = Element("E2M1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), tie="even")
@@ -136,7 +216,7 @@ _BUILTIN = (
         element=E2M1,
         levels=(ScaleLevel("e8m0", 32),),
         scale_dtype=torch.uint8,
-        scale_rules=("floor", "ceil", "even", "rceil", "truncation-free"),
+        scale_rules=("floor", "ceil", "even", "rceil", "truncation-free", "floor-3/4", "gaussian"),
         aliases=MappingProxyType({"truncation-free": "rceil"}),
         block_2d=32,
         doc="OCP MXFP4: a power-of-two scale per 32 values",
@@ -146,10 +226,11 @@ _BUILTIN = (
         element=E2M1,
         levels=(ScaleLevel("e4m3", 16), ScaleLevel("fp32", None)),
         scale_dtype=torch.uint8,
-        scale_rules=("nearest", "truncation-free"),
+        scale_rules=("nearest", "truncation-free", "4over6", "17/16", "eden"),
         aliases=MappingProxyType({}),
         block_2d=16,
         doc="NVFP4: an E4M3 scale per 16 values and an fp32 scale per tensor",
+        roundings=("nearest", "stochastic", "eden"),
     ),
 )
 
@@ -191,7 +272,7 @@ def register_format(fmt: Format) -> Format:
         The format, so that the call can stand in an assignment.
 
     Raises:
-        FP4ValueError: the name is taken, the block is odd, or no scale codec reads the first level.
+        FP4ValueError: the name is taken, the block is odd, or no scale codec reads the first level or a rule.
     """
     first = fmt.levels[0]
     if first.dtype not in ("e6m2", "e8m0", "e4m3") or first.block is None or first.block % 2:
@@ -200,5 +281,12 @@ def register_format(fmt: Format) -> Format:
         )
     if "truncation-free" not in fmt.scale_rules:
         raise FP4ValueError(f"format {fmt.name!r}: scale_rules must name 'truncation-free'")
+    for rule in map(fmt.rule, fmt.scale_rules):
+        if rule not in SCALE_RULES[first.dtype]:
+            raise unknown(f"scale rule for {first.dtype} scales (format {fmt.name!r}):", rule, SCALE_RULES[first.dtype])
+    if "eden" in fmt.roundings and (first.dtype != "e4m3" or EDEN_GROUP % first.block):
+        raise FP4ValueError(
+            f"format {fmt.name!r}: rounding 'eden' needs E4M3 scales, whole blocks in {EDEN_GROUP} values"
+        )
     FORMATS.add(fmt)
     return fmt

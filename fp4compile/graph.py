@@ -330,6 +330,14 @@ def _backward_site(
     return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter)
 
 
+def forward_of(site: Site, sites: Iterable[Site]) -> Site | None:
+    """The forward GEMM that a backward one belongs to, None where that is not certain."""
+    same = [s for s in sites if s.role == "forward" and (s.path, s.parameter) == (site.path, site.parameter)]
+    of_call = [s for s in same if s.node.meta.get("seq_nr") == site.node.meta.get("seq_nr")]
+    found = of_call or same
+    return found[0] if len(found) == 1 else None
+
+
 def _same_shape(owners: list[Site], node: Node) -> Site | None:
     """The owner of a shared input whose weight has the shape of this gradient, if only one has."""
     fitting = [s for s in owners if _has_shape(s, node)]

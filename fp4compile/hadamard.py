@@ -46,15 +46,30 @@ def hadamard(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Ten
     Returns:
         fp32 tensor of x's shape, `axis` rounded up to a multiple of `size`.
     """
+    t = _runs(x, axis, size) * signs(size, seed, x.device)
+    return _butterflies(t).flatten(-2).movedim(-1, axis).contiguous()
+
+
+def inverse_hadamard(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Tensor:
+    """Undo `hadamard` with the same arguments: H is its own inverse, and the signs come last."""
+    t = _butterflies(_runs(x, axis, size)) * signs(size, seed, x.device)
+    return t.flatten(-2).movedim(-1, axis).contiguous()
+
+
+def _runs(x: Tensor, axis: int, size: int) -> Tensor:
+    """`[..., K, ...]` -> fp32 `[..., runs, size]`, the axis last and padded with zeros."""
     check_size(size)
     t = x.movedim(axis, -1).to(torch.float32)
     t = torch.nn.functional.pad(t, (0, -t.shape[-1] % size))
-    t = t.unflatten(-1, (t.shape[-1] // size, size)) * signs(size, seed, x.device)
-    stride = 1
+    return t.unflatten(-1, (t.shape[-1] // size, size))
+
+
+def _butterflies(t: Tensor) -> Tensor:
+    """H along the last axis, divided by the square root of its size."""
+    size, stride = t.shape[-1], 1
     while stride < size:
         pairs = t.unflatten(-1, (size // (2 * stride), 2, stride))
         a, b = pairs.unbind(-2)
         t = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         stride *= 2
-    t = t * torch.tensor(1.0 / math.sqrt(size), dtype=torch.float32, device=x.device)
-    return t.flatten(-2).movedim(-1, axis).contiguous()
+    return t * torch.tensor(1.0 / math.sqrt(size), dtype=torch.float32, device=t.device)

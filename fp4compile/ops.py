@@ -66,7 +66,8 @@ _PRODUCER_ARGS = "Tensor? p1=None, Tensor? p2=None, Tensor? p3=None, Tensor? p4=
 _ROWS = (
     Op(
         "tensor_scale",
-        f"(Tensor x, str format, int axis=-1, int hadamard=0, Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> Tensor",
+        f"(Tensor x, str format, int axis=-1, int hadamard=0, Tensor? sign_seed=None, {_PRODUCER_ARGS}, "
+        "str? scale_rule=None) -> Tensor",
         reference.tensor_scale,
         lambda x, *args, **kwargs: x.new_empty((), dtype=torch.float32),
         samples.tensor_scale,
@@ -102,6 +103,15 @@ _ROWS = (
         reference.fake_quantize_both,
         reference.fake_quantize_both_fake,
         samples.fake_quantize_both,
+    ),
+    Op(
+        # Clips where the forward has clipped `original` (None: nowhere), then undoes the forward's transform.
+        "quantize_backward",
+        "(Tensor grad, Tensor? original, str format, int axis, str? scale_rule=None, bool block_2d=False, "
+        "Tensor? tensor_scale=None, int hadamard=0, Tensor? sign_seed=None, bool transformed=False) -> Tensor",
+        reference.quantize_backward,
+        lambda grad, *args, **kwargs: grad.new_empty(grad.shape),
+        samples.quantize_backward,
     ),
     Op(
         "hadamard",

@@ -55,7 +55,7 @@ class PackedWeight:
         try:
             spec = dict(data)
             shape, axis, given = tuple(map(int, spec.pop("shape"))), spec.pop("axis"), spec.pop("input")
-            row = cls((shape[0], shape[1]), axis, Operand(**spec), Operand(**given) if given else None)
+            row = cls((shape[0], shape[1]), axis, _operand(spec), _operand(given) if given else None)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FP4ValueError(f"malformed description of a packed weight: {error!r}") from error
         if len(shape) != 2 or axis not in (0, 1):
@@ -72,7 +72,8 @@ class PackedWeight:
         spec = self.weight
         scale = None
         if spec.scaled_per_tensor:
-            scale = torch.ops.fp4compile.tensor_scale(weight, spec.format, self.axis, spec.hadamard)
+            rule = spec.scale_rule
+            scale = torch.ops.fp4compile.tensor_scale(weight, spec.format, self.axis, spec.hadamard, scale_rule=rule)
         codes, scales = torch.ops.fp4compile.quantize(
             weight,
             spec.format,
@@ -88,6 +89,11 @@ class PackedWeight:
     def parts(self) -> dict[str, Tensor]:
         """What `pack` returns, on the meta device: dtypes and shapes."""
         return self.pack(torch.empty(self.shape, device="meta"))
+
+
+def _operand(data: Mapping[str, Any]) -> Operand:
+    """A spec from plain data; version 0.1 wrote `tensor_scale` true for formats that have none, too."""
+    return Operand(**{k: v for k, v in data.items() if (k, v) != ("tensor_scale", True)})
 
 
 class PackedLinear(nn.Module):
@@ -140,7 +146,8 @@ class PackedLinear(nn.Module):
         x = x.reshape(-1, self.in_features)  # the GEMM's operand: a 2-D block spans tokens of the whole batch
         scale = None
         if spec.scaled_per_tensor:
-            scale = torch.ops.fp4compile.tensor_scale(x, spec.format, -1, spec.hadamard)
+            rule = spec.scale_rule
+            scale = torch.ops.fp4compile.tensor_scale(x, spec.format, -1, spec.hadamard, scale_rule=rule)
         x = torch.ops.fp4compile.fake_quantize(
             x,
             spec.format,

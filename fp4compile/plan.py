@@ -116,8 +116,8 @@ class _Plan:
 
 
 def _nearest(spec: Operand | None) -> Operand | None:
-    """Stochastic rounding is for training; what is stored and served is rounded to nearest."""
-    return replace(spec, rounding="nearest") if spec else None
+    """Chance and gradients are for training; what is stored and served is rounded to nearest, with fixed signs."""
+    return replace(spec, rounding="nearest", signs="fixed", clip_mask=False) if spec else None
 
 
 def _spelled(row: PackedWeight | None) -> str:
@@ -167,7 +167,7 @@ def decide(model: nn.Module, given: Any, recipe: Recipe, strict: bool) -> tuple[
     if refused and strict:
         raise FP4ValueError(_refusal(refused, recipe))
     forward = [spec for rule in recipe.rules if rule.role == "forward" for spec in rule.operands.values()]
-    if any(spec.rounding == "stochastic" for spec in forward if spec):
+    if any(spec.draws for spec in forward if spec):
         report.notes.append("stochastic rounding of the recipe's forward rules becomes rounding to nearest")
     if unread:
         report.notes.append(f"read by no GEMM found here, stored as they are: {', '.join(unread)}")
@@ -223,7 +223,11 @@ def _lost_experts(unread: Sequence[str], recipe: Recipe) -> list[SiteRecord]:
     for name in unread:
         path = name.rpartition(".")[0]
         rule = recipe.rule_for(path, "forward")
-        wanted = rule and any(rule.operands.values()) and not (recipe.kept_by(path) or recipe.kept_by(name))
+        wanted = (
+            rule
+            and any(rule.operands.values())
+            and not (recipe.kept_by(path, "forward") or recipe.kept_by(name, "forward"))
+        )
         if "expert" in path and wanted:
             reason = "no GEMM that reads these experts was found in the graph"
             formats: dict[str, str | None] = {"input": None, "weight": None}

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4compile import backend
-from fp4compile.codec import ROUNDINGS
-from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
+from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.formats import FORMATS, Format
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,10 +59,9 @@ def _check_tensor(x: Tensor, axis: int) -> int:
 
 
 def _check_options(x: Tensor, axis: int, fmt: Format, rounding: str, seed: int | Tensor | None, block_2d: bool) -> None:
-    if rounding not in ROUNDINGS:
-        raise unknown("rounding", rounding, ROUNDINGS)
-    if rounding == "stochastic" and seed is None:
-        raise FP4ValueError("rounding='stochastic' needs a seed (an int or a 0-d int64 tensor)")
+    fmt.check_rounding(rounding)
+    if rounding != "nearest" and seed is None:
+        raise FP4ValueError(f"rounding={rounding!r} needs a seed (an int or a 0-d int64 tensor)")
     if not isinstance(seed, int | Tensor | None):
         raise FP4TypeError(f"a seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     if isinstance(seed, int) and not 0 <= seed < 2**63:
@@ -78,8 +76,11 @@ def _check_options(x: Tensor, axis: int, fmt: Format, rounding: str, seed: int |
             raise FP4ValueError(f"2-D blocks tile the last two axes: axis {axis} of shape {tuple(x.shape)} is not one")
 
 
-def _tensor_scale(x: Tensor, fmt: Format, given: Tensor | float | bool | None) -> Tensor | None:
-    if not fmt.has_tensor_scale:
+def _tensor_scale(x: Tensor, fmt: Format, scale_rule: str | None, given: Tensor | float | bool | None) -> Tensor | None:
+    if not fmt.has_tensor_scale and fmt.is_scaled_per_tensor(scale_rule):
+        if given not in (None, True):
+            raise FP4ValueError(f"scale rule {scale_rule!r} of format {fmt.name} has a fixed tensor scale")
+    elif not fmt.has_tensor_scale:
         if given is None or given is False:
             return None
         having = ", ".join(f.name for f in FORMATS.values() if f.has_tensor_scale)
@@ -87,7 +88,7 @@ def _tensor_scale(x: Tensor, fmt: Format, given: Tensor | float | bool | None) -
     if given is False:
         return None
     if given is None or given is True:
-        return torch.ops.fp4compile.tensor_scale(x.detach(), fmt.name)
+        return torch.ops.fp4compile.tensor_scale(x.detach(), fmt.name, scale_rule=scale_rule)
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.is_floating_point():
             found = f"{given.dtype} of shape {tuple(given.shape)}"
@@ -125,7 +126,8 @@ def quantize(
         x: fp32, bf16 or fp16 tensor of any shape and strides; arithmetic is fp32.
         format: a name in `FORMATS`.
         axis: the blocked axis (the contraction axis of the GEMM that will read it).
-        rounding: "nearest", or "stochastic" with a `seed`: the same seed gives the same bits on every device.
+        rounding: one of the format's `roundings`. With a `seed`: "stochastic", and "eden", which rounds to nearest
+            and corrects the block scales. The same seed gives the same bits on every device.
         seed: int or 0-d int64 tensor.
         scale_rule: one of the format's `scale_rules`; None for the default.
         tensor_scale: formats with a per-tensor scale only. None computes it, a number or tensor gives it, False
@@ -141,7 +143,7 @@ def quantize(
     _check_options(x, axis, fmt, rounding, seed, block_2d)
     fmt.rule(scale_rule)
     _install_kernels()
-    scale = _tensor_scale(x, fmt, tensor_scale)
+    scale = _tensor_scale(x, fmt, scale_rule, tensor_scale)
     codes, scales = torch.ops.fp4compile.quantize(
         x, fmt.name, axis, rounding, scale_rule, block_2d, scale, _seed(seed, x)
     )
@@ -180,5 +182,5 @@ def fake_quantize(
     _check_options(x, axis, fmt, rounding, seed, block_2d)
     fmt.rule(scale_rule)
     _install_kernels()
-    scale = _tensor_scale(x, fmt, tensor_scale)
+    scale = _tensor_scale(x, fmt, scale_rule, tensor_scale)
     return torch.ops.fp4compile.fake_quantize(x, fmt.name, axis, rounding, scale_rule, block_2d, scale, _seed(seed, x))

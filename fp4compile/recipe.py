@@ -10,17 +10,17 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 
-from fp4compile.codec import ROUNDINGS
 from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.files import write_atomically
-from fp4compile.formats import FORMATS
+from fp4compile.formats import E4M3_MAX, EDEN_GROUP, FORMATS
 from fp4compile.hadamard import check_size
 
 if sys.version_info >= (3, 11):
@@ -42,18 +42,24 @@ OPERANDS: Mapping[str, tuple[str, str]] = {
 HEADS = ("lm_head", "head", "classifier", "score", "proj_out", "embed_out")
 
 
+SIGNS = ("fixed", "fresh")
+
+
 @dataclass(frozen=True)
 class Operand:
     """How one operand of a GEMM is quantised.
 
     Attributes:
         format: a name in `FORMATS`.
-        rounding: "nearest" or "stochastic".
+        rounding: "nearest", "stochastic", or another one of the format.
         scale_rule: a scale rule of the format, None for its default.
         hadamard: size of the Hadamard transform along the contraction axis, 0 for none; both operands of a GEMM
             must agree.
         block_2d: square scale tiles, the same for a weight and its transpose.
-        tensor_scale: use the format's per-tensor scale, where it has one.
+        tensor_scale: a scale of the whole tensor; None for what the format and the scale rule have.
+        signs: of the Hadamard transform: "fixed", or "fresh": drawn for each GEMM and step.
+        requantise: in a backward GEMM, quantise what the forward GEMM read, not the tensor that this was made from.
+        clip_mask: in a forward GEMM, no gradient reaches the elements that lie beyond the grid.
     """
 
     format: str
@@ -61,24 +67,47 @@ class Operand:
     scale_rule: str | None = None
     hadamard: int = 0
     block_2d: bool = False
-    tensor_scale: bool = True
+    tensor_scale: bool | None = None
+    signs: str = "fixed"
+    requantise: bool = False
+    clip_mask: bool = False
 
     def __post_init__(self) -> None:
         fmt = FORMATS[self.format]
-        fmt.rule(self.scale_rule)
-        if self.rounding not in ROUNDINGS:
-            raise unknown("rounding", self.rounding, ROUNDINGS)
+        rule = fmt.rule(self.scale_rule)
+        fmt.check_rounding(self.rounding)
         if self.hadamard:
             check_size(self.hadamard)
+        if self.signs not in SIGNS:
+            raise unknown("signs", self.signs, SIGNS)
         if self.block_2d and fmt.block_2d is None:
             raise FP4ValueError(f"format {self.format} has no 2-D blocks")
         if self.block_2d and self.hadamard:
             raise FP4ValueError("2-D blocks are shared by both axes; a Hadamard transform along one would break that")
+        if self.tensor_scale and not fmt.is_scaled_per_tensor(rule):
+            having = ", ".join(f.name for f in FORMATS.values() if f.has_tensor_scale)
+            raise FP4ValueError(f"format {self.format} has no tensor scale; formats that have: {having}")
+        if self.tensor_scale is False and not fmt.has_tensor_scale and fmt.is_scaled_per_tensor(rule):
+            raise FP4ValueError(f"scale rule {rule!r} leaves a factor to a tensor scale, which this switches off")
+        if self.signs == "fresh" and not self.hadamard:
+            raise FP4ValueError("fresh signs are those of a Hadamard transform, and hadamard is 0")
+        if self.rounding == "eden" and self.hadamard != EDEN_GROUP:
+            raise FP4ValueError(
+                f"rounding 'eden' corrects {EDEN_GROUP} values at once, which a Hadamard transform of that size must "
+                f"have mixed; hadamard is {self.hadamard}"
+            )
+        if self.rounding == "eden" and fmt.scaling(rule).most >= E4M3_MAX:
+            raise FP4ValueError(f"rounding 'eden' raises scales, and scale rule {rule!r} leaves no room: use 'eden'")
 
     @property
     def scaled_per_tensor(self) -> bool:
-        """Whether the operand carries a tensor scale."""
-        return self.tensor_scale and FORMATS[self.format].has_tensor_scale
+        """Whether a tensor scale multiplies the accumulator of the operand's GEMM."""
+        return self.tensor_scale is not False and FORMATS[self.format].is_scaled_per_tensor(self.scale_rule)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the operand's rounding takes random numbers."""
+        return self.rounding != "nearest"
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,13 @@ class Rule:
         sizes = {spec.hadamard if spec else 0 for spec in self.operands.values()}
         if len(sizes) > 1:
             raise FP4ValueError(f"the operands of a {self.role} GEMM need the same Hadamard size, got {sorted(sizes)}")
+        if len({spec.signs for spec in self.operands.values() if spec}) > 1:
+            raise FP4ValueError(f"the operands of a {self.role} GEMM need the same signs, or their transforms stay")
+        for name, spec in self.operands.items():
+            if spec and spec.requantise and (self.role == "forward" or name == "grad"):
+                raise FP4ValueError(f"the {name} of a {self.role} GEMM cannot be requantised: no forward GEMM read it")
+            if spec and spec.clip_mask and self.role != "forward":
+                raise FP4ValueError(f"a {self.role} GEMM takes no clip mask: gradients are those of forward operands")
 
     @property
     def operands(self) -> dict[str, Operand | None]:
@@ -114,9 +150,10 @@ class Recipe:
     Attributes:
         name: what `options={"recipe": ...}` and reports call it.
         rules: the first match decides.
-        keep: globs of module paths that stay in high precision.
+        keep: globs of module paths that stay in high precision, in one role where it stands first: `wgrad:layers.0.*`.
         keep_heads: keep output heads (`HEADS`, or tied to an embedding).
         keep_last: fraction of the repeated blocks (`layers.N`), counted from the end, that stays in high precision.
+        keep_first_n, keep_last_n: how many of the first and of the last blocks stay in high precision.
         source: where the recipe comes from.
         inferred: what the source leaves open and was decided here.
     """
@@ -128,18 +165,41 @@ class Recipe:
     keep_last: float = 0.0
     source: str = ""
     inferred: str = ""
+    keep_first_n: int = 0
+    keep_last_n: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep_last < 1.0:
             raise FP4ValueError(f"keep_last must be in [0, 1), got {self.keep_last}")
+        for name in ("keep_first_n", "keep_last_n"):
+            if getattr(self, name) < 0:
+                raise FP4ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for entry in self.keep:
+            role = entry.rpartition(":")[0]
+            if role and role not in ROLES:
+                raise unknown(f"role in keep={entry!r}:", role, ROLES)
 
     def rule_for(self, path: str, role: str) -> Rule | None:
         """The rule that decides for a GEMM, or None."""
         return next((r for r in self.rules if r.role == role and fnmatch.fnmatchcase(path, r.modules)), None)
 
-    def kept_by(self, path: str) -> str | None:
-        """The `keep` glob that matches the module path, or None."""
-        return next((glob for glob in self.keep if fnmatch.fnmatchcase(path, glob)), None)
+    def kept_by(self, path: str, role: str) -> str | None:
+        """The entry of `keep` that matches a module path in a role, or None."""
+        for entry in self.keep:
+            only, _, glob = entry.rpartition(":")
+            if only in ("", role) and fnmatch.fnmatchcase(path, glob):
+                return entry
+        return None
+
+    @property
+    def globs(self) -> list[str]:
+        """Every glob that modules are compared with."""
+        return [entry.rpartition(":")[2] for entry in self.keep] + [rule.modules for rule in self.rules]
+
+    @property
+    def keeps_by_depth(self) -> bool:
+        """Whether blocks stay in high precision by their number."""
+        return bool(self.keep_last or self.keep_first_n or self.keep_last_n)
 
     @property
     def operands(self) -> list[Operand]:
@@ -165,13 +225,16 @@ class Recipe:
             row: dict[str, Any] = {"role": rule.role, "modules": rule.modules}
             row |= {name: _non_defaults(spec) for name, spec in rule.operands.items() if spec}
             rules.append(row)
-        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
-        head = {k: list(v) if isinstance(v, tuple) else v for k, v in head.items()}
-        return {k: v for k, v in head.items() if v not in ("", [])} | {"rule": rules}
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules" and not _is_default(self, f)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in head.items()} | {"rule": rules}
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as TOML."""
         write_atomically(Path(path), tomli_w.dumps(self.to_dict()).encode())
+
+
+def _is_default(recipe: Recipe, column: Field[Any]) -> bool:
+    return bool(getattr(recipe, column.name) == column.default)
 
 
 def _non_defaults(spec: Operand) -> dict[str, Any]:
@@ -253,7 +316,14 @@ class _Reader:
         return recipe
 
 
-_TOML_TYPES: Mapping[str, Any] = {"str": str, "str | None": str, "int": int, "bool": bool, "float": (int, float)}
+_TOML_TYPES: Mapping[str, Any] = {
+    "str": str,
+    "str | None": str,
+    "int": int,
+    "bool": bool,
+    "bool | None": bool,
+    "float": (int, float),
+}
 
 
 def loads(text: str, where: str = "<string>") -> Recipe:
@@ -276,88 +346,21 @@ def load(path: str | Path) -> Recipe:
     return loads(text, str(path))
 
 
-# --- presets ---------------------------------------------------------------------------------------------------------
-
-
-def _training(
-    input: Operand, weight: Operand, dgrad: tuple[Operand, Operand], wgrad: tuple[Operand, Operand]
-) -> tuple[Rule, ...]:
-    """Rules for all three roles; pairs are (grad, weight) and (grad, input)."""
-    return (
-        Rule("forward", input=input, weight=weight),
-        Rule("dgrad", grad=dgrad[0], weight=dgrad[1]),
-        Rule("wgrad", grad=wgrad[0], input=wgrad[1]),
-    )
-
-
-def _plain(format: str) -> Recipe:
-    spec = Operand(format)
-    return Recipe(
-        f"{format}-plain",
-        _training(spec, spec, (spec, spec), (spec, spec)),
-        source="every GEMM in every role, round to nearest, no stabiliser: arithmetic that can be re-derived by hand",
-    )
-
-
-def _inference(format: str, activations: bool) -> Recipe:
-    spec = Operand(format)
-    return Recipe(
-        f"{format}-w4a{4 if activations else 16}",
-        (Rule("forward", input=spec if activations else None, weight=spec),),
-        source="weights" + (" and activations" if activations else " only") + ", round to nearest",
-    )
-
-
-def _hif4() -> Recipe:
-    spec = Operand("hif4")
-    rht = replace(spec, hadamard=64)
-    return Recipe(
-        "hif4",
-        _training(spec, spec, (rht, rht), (rht, rht)),
-        source="HiFloat4 Format for Language Model Pre-training on Ascend NPUs: RTN, RHT-64 on backward GEMMs, no SR",
-        inferred="the RHT sits on both operands of dgrad and wgrad, with one fixed sign vector",
-    )
-
-
-def _mxfp4() -> Recipe:
-    spec = Operand("mxfp4", scale_rule="truncation-free")
-    rht = replace(spec, hadamard=32)
-    grad = replace(rht, rounding="stochastic")
-    return Recipe(
-        "mxfp4",
-        _training(spec, spec, (grad, rht), (grad, rht)),
-        source="the same paper's MXFP4 baseline: SR on gradients, RHT, truncation-free scales",
-        inferred="RHT size 32, on both operands of dgrad and wgrad, with one fixed sign vector",
-    )
-
-
-def _nvfp4() -> Recipe:
-    x, w = Operand("nvfp4"), Operand("nvfp4", block_2d=True)
-    sr = replace(x, rounding="stochastic")
-    return Recipe(
-        "nvfp4",
-        _training(x, w, (sr, w), (replace(sr, hadamard=16), replace(x, hadamard=16))),
-        keep_last=0.15,
-        source="Pretraining Large Language Models with NVFP4 (NVIDIA, 2025): 2-D weight blocks, SR on gradients, "
-        "RHT-16 on wgrad, tensor scales, about 15% of the linear layers in high precision",
-        inferred="the layers in high precision are the last 15% of the blocks",
-    )
-
-
-def _presets() -> Iterator[Recipe]:
-    yield from (_hif4(), _mxfp4(), _nvfp4())
-    for format in ("hif4", "mxfp4", "nvfp4"):
-        yield _plain(format)
-        yield _inference(format, activations=False)
-        yield _inference(format, activations=True)
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RecipeTable:
     """Recipes by name: the presets, and those that were registered."""
 
-    presets: Mapping[str, Recipe]
     registered: dict[str, Recipe] = field(default_factory=dict)
+
+    @cached_property
+    def presets(self) -> Mapping[str, Recipe]:
+        """The presets by name; read late, as they are made of what this module defines."""
+        from fp4compile.presets import presets
+
+        return {recipe.name: recipe for recipe in presets()}
 
     def names(self) -> list[str]:
         """Every known name, presets first."""
@@ -371,7 +374,7 @@ class RecipeTable:
         return found
 
 
-RECIPES = RecipeTable({recipe.name: recipe for recipe in _presets()})
+RECIPES = RecipeTable()
 
 
 def register_recipe(recipe: Recipe) -> Recipe:

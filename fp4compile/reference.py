@@ -17,6 +17,7 @@ from torch import Tensor
 from fp4compile import codec, rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
+from fp4compile.hadamard import inverse_hadamard
 from fp4compile.producer import produce, produced_dtype
 
 
@@ -51,10 +52,13 @@ def tensor_scale(
     p3: Tensor | None = None,
     p4: Tensor | None = None,
     producer: str = "",
+    scale_rule: str | None = None,
 ) -> Tensor:
     """The scale of a whole tensor."""
-    x = produce(x, (p1, p2, p3, p4), producer)
-    return codec.tensor_scale(_transform(x, axis, hadamard, sign_seed), FORMATS[format])
+    fmt = FORMATS[format]
+    if fmt.scaling(scale_rule).shrink == 1.0:  # else it does not depend on x
+        x = _transform(produce(x, (p1, p2, p3, p4), producer), axis, hadamard, sign_seed)
+    return codec.tensor_scale(x, fmt, scale_rule)
 
 
 def quantize(
@@ -204,6 +208,29 @@ def fake_quantize_both_fake(
     dtype = produced_dtype(x, args[10] if len(args) > 10 else producer)
     first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(hadamard))
     return first, second
+
+
+def quantize_backward(
+    grad: Tensor,
+    original: Tensor | None,
+    format: str,
+    axis: int,
+    scale_rule: str | None = None,
+    block_2d: bool = False,
+    tensor_scale: Tensor | None = None,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    transformed: bool = False,
+) -> Tensor:
+    """The gradient of what was quantised from that of its quantised values."""
+    back = grad if transformed else _transform(grad, axis, hadamard, sign_seed)
+    if original is not None:
+        t, fmt = _transform(original, axis, hadamard, sign_seed), FORMATS[format]
+        kept = codec.unclipped(t, fmt, axis, fmt.rule(scale_rule), block_2d, tensor_scale, original.dtype)
+        back = torch.where(kept, back, 0.0)
+    if hadamard:
+        back = inverse_hadamard(back, axis, hadamard, sign_seed)
+    return back.narrow(axis, 0, grad.shape[axis]).to(grad.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def hadamard_fake(x: Tensor, axis: int, size: int, seed: Tensor | None = None) -> Tensor:

@@ -73,6 +73,17 @@ def fake_quantized(operand: Node, contraction: int) -> Node | None:
     return inner if along and (given["tensor_scale"] is None or not given["fold"]) else None
 
 
+def through_permute(operand: Node, axis: int) -> tuple[Node, int, list[int] | None]:
+    """The tensor below one permute, the axis counted there, and the permute's order."""
+    ndim = operand.meta["val"].dim()
+    axis %= ndim
+    if operand.target is not torch.ops.aten.permute.default:
+        return operand, axis, None
+    base, dims = cast(tuple[Node, list[int]], operand.args)
+    order = [d % ndim for d in dims]
+    return base, order[axis], order
+
+
 def _hashable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))

@@ -51,6 +51,8 @@ def quantize() -> Iterator[Mapping[str, Any]]:
                 yield {**base, "scale_rule": rule}
             stochastic = {"rounding": "stochastic", "seed": _SEED, "stream": 7}
             yield {**base, **stochastic, "scale_rule": "truncation-free"}
+            if "eden" in fmt.roundings:
+                yield {**base, **stochastic, "rounding": "eden", "scale_rule": "eden", "hadamard": 128}
             yield {**base, "hadamard": 16, "sign_seed": _SEED}
             yield {**base, **stochastic, "hadamard": 64}
             if fmt.block_2d:
@@ -67,6 +69,7 @@ def tensor_scale() -> Iterator[Mapping[str, Any]]:
             for x, axis in _inputs():
                 yield {"x": x, "format": name}
                 yield {"x": x, "format": name, "axis": axis, "hadamard": 16}
+                yield {"x": x, "format": name, "scale_rule": fmt.scale_rules[-1]}
             for given in _produced_inputs():
                 yield {**given, "format": name}
                 yield {**given, "format": name, "axis": 0, "hadamard": 16}
@@ -143,6 +146,21 @@ def fake_quantize_both() -> Iterator[Mapping[str, Any]]:
                 yield {**base, **scales, "rounding": ["nearest", "stochastic"], "fold": False}
         for given in _produced_inputs():
             yield {**given, "format": name, "scale_rule": None, **plain}
+
+
+def quantize_backward() -> Iterator[Mapping[str, Any]]:
+    """Samples of `quantize_backward`."""
+    for name, fmt in FORMATS.items():
+        for x, axis in _inputs():
+            base = {"grad": x.new_ones(x.shape), "original": x, "format": name, "axis": axis}
+            yield base
+            yield {**base, "hadamard": 16, "sign_seed": _SEED, "scale_rule": fmt.scale_rules[-1]}
+            if x.shape[axis] % 32 == 0:
+                yield {**base, "original": None, "hadamard": 32, "transformed": True}
+            if fmt.block_2d:
+                yield {**base, "block_2d": True}
+            if fmt.has_tensor_scale:
+                yield {**base, "tensor_scale": torch.tensor(0.01)}
 
 
 def hadamard() -> Iterator[Mapping[str, Any]]:

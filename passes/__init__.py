@@ -13,6 +13,7 @@ from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
 from fp4compile.passes.pair import Pair
+from fp4compile.passes.pull_back import PullBack
 from fp4compile.passes.rescale import Rescale
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
@@ -23,6 +24,7 @@ PIPELINE = (
     Annotate(),
     InsertQDQ(),  # from here on the graph is the specification of the numerics
     Stabilise(),
+    PullBack(),  # before share: the forward's transforms still stand as its specs say
     Share(),  # after stabilise: two quantisations are the same only with the same transform, rounding and blocks
     Fold(),  # before fuse: a folded weight keeps its packed form, all else becomes fake quantisation
     Fuse(),
@@ -45,6 +47,7 @@ __all__ = [
     "Legalise",
     "Pack",
     "Pair",
+    "PullBack",
     "Rescale",
     "Share",
     "Stabilise",

@@ -190,15 +190,15 @@ def _producer(x: Node, below: Mapping[Node, frozenset[Node]], kept: Set[Node]) -
     return builder.build()
 
 
-def _as_matrix(graph: Graph, operand: Node, x: Node) -> Node:
-    """The operand in the shape of x."""
+def _as_matrix(graph: Graph, operand: Node, x: Node, consumer: Node) -> Node:
+    """The operand in the shape of x, in the consumer's half of the step."""
     shape = x.meta["val"].shape
     if operand.meta["val"].shape == shape:
         return operand
     if x.target is aten.view.default:
-        return call(graph, aten.view.default, (operand, x.args[1]), x)
+        return call(graph, aten.view.default, (operand, x.args[1]), consumer)
     if all(isinstance(size, int) for size in shape):
-        return call(graph, aten.view.default, (operand, list(shape)), x)
+        return call(graph, aten.view.default, (operand, list(shape)), consumer)
     raise _Refused(f"the shape of {x} is symbolic")
 
 
@@ -208,7 +208,7 @@ def _absorb(graph: Graph, consumer: Node, made: tuple[list[Node], Producer], con
     before = consumer.args, dict(consumer.kwargs)
     try:
         with graph.inserting_before(consumer):
-            matrix = _as_matrix(graph, first, x)
+            matrix = _as_matrix(graph, first, x, consumer)
     except _Refused:
         return False
     if matrix is not first and "partitioner_tag" in consumer.meta:  # else it is no joint graph

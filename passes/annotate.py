@@ -17,9 +17,10 @@ from torch.fx import GraphModule
 from fp4compile.backend import No
 from fp4compile.errors import RewriteError
 from fp4compile.formats import FORMATS
-from fp4compile.graph import GEMM_OPS, Site
+from fp4compile.graph import GEMM_OPS, Site, forward_of
 from fp4compile.pipeline import Context
-from fp4compile.recipe import HEADS, Operand
+from fp4compile.recipe import HEADS, Operand, Recipe
+from fp4compile.rewrite import through_permute
 
 
 def _head(site: Site, context: Context) -> str | None:
@@ -31,31 +32,43 @@ def _head(site: Site, context: Context) -> str | None:
 
 
 def _glob(site: Site, context: Context) -> str | None:
-    glob = context.recipe.kept_by(site.path) or context.recipe.kept_by(site.parameter)
+    glob = context.recipe.kept_by(site.path, site.role) or context.recipe.kept_by(site.parameter, site.role)
     return f"keep={glob!r}" if glob else None
 
 
-def _last_blocks(site: Site, context: Context) -> str | None:
-    """Whether the site lies in one of the last blocks of the outermost block list above it."""
-    fraction = context.recipe.keep_last
-    if not fraction:
+def _depth(site: Site, context: Context) -> str | None:
+    """Whether the site lies in one of the first or last blocks of the outermost block list above it."""
+    recipe = context.recipe
+    if not recipe.keeps_by_depth:
         return None
     if context.inner:
         raise RewriteError(
-            f"recipe {context.recipe.name!r} keeps the last {fraction:.0%} of the blocks, but this is "
+            f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)} of the blocks, but this is "
             f"(part of) one block of a larger model, so the depth of {site.path!r} is not known. Compile the "
-            "whole model, or use a recipe with keep_last = 0 that names the modules to keep."
+            "whole model, or use a recipe with keep_last = 0 (keep_first_n and keep_last_n too) that names the modules "
+            "to keep."
         )
     for prefix in sorted(context.depths, key=len):
         found = re.match(rf"{re.escape(prefix)}\.(\d+)(\.|$)", site.path)
         if found:
-            depth = context.depths[prefix]
-            first_kept = depth - int(depth * fraction + 0.5)
-            return f"among the last {fraction:.0%} of {depth} blocks" if int(found[1]) >= first_kept else None
+            number, depth = int(found[1]), context.depths[prefix]
+            last = max(int(depth * recipe.keep_last + 0.5), recipe.keep_last_n)
+            kept = number < recipe.keep_first_n or number >= depth - last
+            return f"among {_kept_blocks(recipe)} of {depth} blocks" if kept else None
     return None
 
 
-_REASONS_TO_KEEP = (_head, _glob, _last_blocks)
+def _kept_blocks(recipe: Recipe) -> str:
+    """Which blocks a recipe keeps in high precision."""
+    parts = {
+        f"the first {recipe.keep_first_n}": recipe.keep_first_n,
+        f"the last {recipe.keep_last:.0%}": recipe.keep_last,
+        f"the last {recipe.keep_last_n}": recipe.keep_last_n,
+    }
+    return " and ".join(part for part, applies in parts.items() if applies)
+
+
+_REASONS_TO_KEEP = (_head, _glob, _depth)
 
 
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
@@ -75,11 +88,26 @@ def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) ->
         token_axis = site.role == "wgrad"  # padded with zeros, as both operands are
         if spec.hadamard and not token_axis and size % spec.hadamard != 0:
             return f"a Hadamard transform of size {spec.hadamard} does not divide the {size} features it runs along"
+        if spec.requantise:
+            reason = _not_requantised(site, name, context)
+            if reason:
+                return reason
     if site.kind == "grouped" and any(spec and spec.scaled_per_tensor for spec in specs.values()):
         return "no grouped GEMM applies a per-tensor scale to its accumulator"
     if site.kind == "grouped" and site.role == "wgrad":
         return "the contraction of a grouped wgrad runs over token groups, and blocks would cross them"
     return None
+
+
+def _not_requantised(site: Site, name: str, context: Context) -> str | None:
+    """Why a backward operand cannot be made from what its forward GEMM read."""
+    owner = forward_of(site, context.sites)
+    if owner is None:
+        return f"operand {name!r} is to be requantised, and which forward GEMM read it is not certain"
+    if owner.specs.get(name) is None:
+        return f"operand {name!r} is to be requantised, and its forward GEMM reads it in high precision"
+    here, there = (through_permute(s.operand(name), s.axes[name])[0] for s in (site, owner))
+    return None if here is there else f"operand {name!r} is to be requantised, and is not the forward's tensor"
 
 
 def _annotate(site: Site, context: Context) -> None:
@@ -118,9 +146,9 @@ class Annotate:
         for site in context.sites:
             _annotate(site, context)
         recipe = context.recipe
-        if recipe.keep_last and context.sites and not context.depths:
+        if recipe.keeps_by_depth and context.sites and not context.depths:
             context.notes.append(
-                f"recipe {recipe.name!r} keeps the last {recipe.keep_last:.0%} of the blocks: "
+                f"recipe {recipe.name!r} keeps {_kept_blocks(recipe)} of the blocks: "
                 "this model has no list of blocks, so it keeps none"
             )
         return 0

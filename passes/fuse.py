@@ -36,9 +36,11 @@ def _after_hadamard(node: Node) -> Answer:
 def _absorb_hadamard(graph: Graph, node: Node) -> Node:
     transform = node.args[0]
     assert isinstance(transform, Node)
-    x, axis, size = transform.args
+    x, axis, size, *signs = transform.args
     options: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "dtype"}
     options["hadamard"] = size
+    if signs:
+        options["sign_seed"] = signs[0]
     args = (x, node.args[1], axis)
     return call(graph, node.target, args, node, **options)
 

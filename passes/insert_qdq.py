@@ -9,56 +9,68 @@
 A per-tensor scale stays out of the operands, so that these are exact in bf16; it multiplies the fp32 accumulator:
 
     mm(a, b)  ->  fp4compile.mm(a, b, a_tensor_scale=..., b_tensor_scale=...)
+
+A backward operand that the recipe requantises is made from the dequantised form that the forward GEMM reads; the tensor
+scale which that leaves out goes to the accumulator as well.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fp4compile.graph import GEMM_OPS, Site
+from fp4compile.graph import GEMM_OPS, Site, forward_of
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.recipe import Operand
-from fp4compile.rewrite import call, size_of
+from fp4compile.rewrite import call, size_of, through_permute
 
 aten = torch.ops.aten
 
 
-def _through_permute(operand: Node, axis: int) -> tuple[Node, int, list[int] | None]:
-    """The tensor below one permute, the axis counted there, and the permute's order."""
-    ndim = operand.meta["val"].dim()
-    axis %= ndim
-    if operand.target is not aten.permute.default:
-        return operand, axis, None
-    base, dims = cast(tuple[Node, list[int]], operand.args)
-    order = [d % ndim for d in dims]
-    return base, order[axis], order
+def _forward_values(site: Site, name: str, sites: Sequence[Site]) -> tuple[Node, Node | None]:
+    """What the forward GEMM reads as the operand, below its permute, and the tensor scale that is left out of it."""
+    owner = forward_of(site, sites)
+    assert owner is not None  # annotate has refused the site otherwise
+    values, _, _ = through_permute(owner.operand(name), owner.axes[name])
+    codes = cast(Node, values.args[0])
+    quantized = cast(Node, codes.args[0])
+    return values, cast("Node | None", quantized.kwargs.get("tensor_scale"))
 
 
-def _qdq(graph: Graph, site: Site, name: str, spec: Operand) -> tuple[Node, Node | None]:
+def _product(graph: Graph, scales: Sequence[Node | None], like: Node) -> Node | None:
+    first, second = scales
+    if first is None or second is None:
+        return first or second
+    return call(graph, aten.mul.Tensor, (first, second), like)
+
+
+def _qdq(graph: Graph, site: Site, name: str, spec: Operand, sites: Sequence[Site]) -> tuple[Node, Node | None]:
     """The operand's dequantised form and its tensor scale, inserted before the GEMM."""
-    base, axis, order = _through_permute(site.operand(name), site.axes[name])
+    base, axis, order = through_permute(site.operand(name), site.axes[name])
     like = site.node
-    scale = None
+    scale = left_out = None
     options: dict[str, Any] = {}
+    if spec.requantise:
+        base, left_out = _forward_values(site, name, sites)
     if spec.scale_rule is not None:
         options["scale_rule"] = spec.scale_rule
     if spec.scaled_per_tensor:
-        scale = call(graph, OPS["tensor_scale"].overload, (base, spec.format), like)
+        scale = call(graph, OPS["tensor_scale"].overload, (base, spec.format), like, **options)
         options["tensor_scale"] = scale
     quantized = call(graph, OPS["quantize"].overload, (base, spec.format, axis), like, **options)
-    quantized.meta["fp4_spec"] = spec
+    quantized.meta["fp4_spec"], quantized.meta["fp4_gemm"] = spec, sites.index(site)
     codes, scales = (call(graph, operator.getitem, (quantized, i), like) for i in (0, 1))
     size, dtype = size_of(graph, base, axis), base.meta["val"].dtype
     values = call(graph, OPS["dequantize"].overload, (codes, scales, None, spec.format, axis, size, False, dtype), like)
     if order is not None:
         values = call(graph, aten.permute.default, (values, order), like)
-    return values, scale
+    return values, _product(graph, (left_out, scale), like)
 
 
 def _scaled_gemm(graph: Graph, site: Site, scales: dict[str, Node | None]) -> None:
@@ -74,16 +86,16 @@ def _scaled_gemm(graph: Graph, site: Site, scales: dict[str, Node | None]) -> No
 
 
 def _is_quantised(operand: Node) -> bool:
-    base = _through_permute(operand, 0)[0]
+    base = through_permute(operand, 0)[0]
     return base.target is OPS["dequantize"].overload
 
 
-def _rewrite(graph: Graph, site: Site) -> int:
+def _rewrite(graph: Graph, site: Site, sites: Sequence[Site]) -> int:
     done, scales = 0, {}
     with graph.inserting_before(site.node):
         for name, spec in site.specs.items():
             if spec is not None and not _is_quantised(site.operand(name)):
-                values, scales[name] = _qdq(graph, site, name, spec)
+                values, scales[name] = _qdq(graph, site, name, spec, sites)
                 site.node.update_arg(site.arguments[name], values)
                 done += 1
         if any(scale is not None for scale in scales.values()):
@@ -100,4 +112,4 @@ class InsertQDQ:
     gives: ClassVar[tuple[str, ...]] = ("qdq",)
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
-        return sum(_rewrite(graph_module.graph, site) for site in context.sites if site.status == "fp4")
+        return sum(_rewrite(graph_module.graph, site, context.sites) for site in context.sites if site.status == "fp4")

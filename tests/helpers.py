@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import fp4compile
 from fp4compile import recipe as recipes
 from fp4compile.aot import decompositions
 from fp4compile.backend import get_backend
+from fp4compile.backends import checks
 from fp4compile.explain import copy_graph
 from fp4compile.graph import Site, text, verify
 from fp4compile.ops import OPS
@@ -175,3 +176,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 def forward_recipe(name: str = "test", keep_heads: bool = True, **operands: Operand) -> Recipe:
     """A recipe of one rule, for forward GEMMs."""
     return Recipe(name, (Rule("forward", **operands),), keep_heads=keep_heads)
+
+
+def left_to_the_reference(given: Mapping[str, Any]) -> bool:
+    """Whether a call asks for a scale rule or a rounding that no codec kernel has."""
+    return given.get("rounding") == "eden" or ("scale_rule" in given and checks.scale_rule(given) is not None)

@@ -120,7 +120,8 @@ def test_formats_as_json():
         "element": "E2M1",
         "levels": ["e4m3 per 16", "fp32 per tensor"],
         "bits_per_value": 4.5,
-        "scale_rules": ["nearest", "truncation-free"],
+        "scale_rules": ["nearest", "truncation-free", "4over6", "17/16", "eden"],
+        "roundings": ["nearest", "stochastic", "eden"],
         "block_2d": 16,
         "doc": fp4compile.FORMATS["nvfp4"].doc,
     }
@@ -136,14 +137,25 @@ def test_one_recipe():
     lines = output("recipes", "nvfp4").splitlines()
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert cells == [
-        ["forward", "*", "input", "nvfp4", "nearest", "nearest (default)", "-", "-"],
-        ["forward", "*", "weight", "nvfp4", "nearest", "nearest (default)", "-", "16×16"],
-        ["dgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "-", "-"],
-        ["dgrad", "*", "weight", "nvfp4", "nearest", "nearest (default)", "-", "16×16"],
-        ["wgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "16", "-"],
-        ["wgrad", "*", "input", "nvfp4", "nearest", "nearest (default)", "16", "-"],
+        ["forward", "*", "input", "nvfp4", "nearest", "nearest (default)", "-", "-", "-"],
+        ["forward", "*", "weight", "nvfp4", "nearest", "nearest (default)", "-", "16×16", "-"],
+        ["dgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "-", "-", "-"],
+        ["dgrad", "*", "weight", "nvfp4", "nearest", "nearest (default)", "-", "16×16", "-"],
+        ["wgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "16, fixed signs", "-", "-"],
+        ["wgrad", "*", "input", "nvfp4", "nearest", "nearest (default)", "16, fixed signs", "-", "-"],
     ]
     assert "kept in high precision: output heads; the last 15% of the blocks" in lines
+
+
+def test_what_else_an_operand_gets(tmp_path):
+    lines = output("recipes", "quartet").splitlines()
+    assert any("32, fixed signs" in line and "clip mask" in line for line in lines)
+    assert any("32, fresh signs" in line and "requantised" in line for line in lines)
+    recipe.Recipe("deep", recipe.resolve("nvfp4-w4a16").rules, keep_first_n=1, keep_last_n=2).save(
+        tmp_path / "deep.toml"
+    )
+    kept = "kept in high precision: output heads; the first 1 blocks; the last 2 blocks"
+    assert kept in output("recipes", tmp_path / "deep.toml").splitlines()
 
 
 def test_operands_in_high_precision():
@@ -161,7 +173,7 @@ def test_recipe_from_a_file(tmp_path):
 
 
 def test_wrong_recipes(tmp_path):
-    assert "allowed: hif4, hif4-plain" in refusal("recipes", "hif5")
+    assert "hif4, hif4-plain, " in refusal("recipes", "hif5")
     assert "name it" in refusal("recipes", "--toml")
     assert "cannot read recipe" in refusal("recipes", tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("name = 3")
@@ -236,7 +248,7 @@ def test_a_warning_is_printed_once(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "hif5"], "unknown recipe 'hif5'; allowed: hif4, "),
+        (["--recipe", "hif5"], "unknown recipe 'hif5'; allowed: "),
         (["--recipe", "none.toml"], "cannot read recipe 'none.toml'"),
         (["--backend", "cuda"], "unknown backend 'cuda'; allowed: auto, inductor, reference"),
         (["--batch", "2"], "--batch applies to transformers models only"),
@@ -371,7 +383,7 @@ def files(folder):
     ("arguments", "message"),
     [
         (["--to", "docx"], f"unknown target 'docx'; allowed: {', '.join(CONVERT.TARGETS)}"),
-        (["--recipe", "hif5"], "unknown recipe 'hif5'; allowed: hif4"),
+        (["--recipe", "hif5"], "unknown recipe 'hif5'; allowed: "),
         ([], "not a Net"),
     ],
 )

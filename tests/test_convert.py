@@ -249,6 +249,22 @@ def test_recipe_objects_scale_rules_and_stochastic_rounding(small, tmp_path):
     assert torch.equal(held["codes"], q.codes) and torch.equal(held["scales"], q.scales)
 
 
+def test_four_over_six_weights_are_stored_and_served(small, tmp_path):
+    artifact = plan(small(Small), tmp_path / "out", "nvfp4-4over6")
+    held = parts(load_file(artifact.path / "model.safetensors"), "first")
+    q = fp4compile.quantize(small(Small).first.weight, "nvfp4", 1, scale_rule="4over6", block_2d=True)
+    assert torch.equal(held["codes"], q.codes) and torch.equal(held["scales"], q.scales)
+    assert held["tensor_scale"] == q.tensor_scale
+
+
+def test_what_training_alone_needs_is_not_stored(small, tmp_path):
+    spec = Operand("mxfp4", scale_rule="gaussian", hadamard=16, signs="fresh", clip_mask=True)
+    artifact = plan(small(Small), tmp_path / "out", Recipe("mine", (Rule("forward", input=spec, weight=spec),)))
+    for row in manifest(artifact.path)["weights"].values():
+        for held in (row, row["input"]):
+            assert (held["scale_rule"], held["signs"], held["clip_mask"]) == ("gaussian", "fixed", False)
+
+
 def test_a_shared_weight_is_stored_once(small, tmp_path):
     artifact = plan(small(Twice), tmp_path / "out")
     keys = set(load_file(artifact.path / "model.safetensors"))
@@ -535,6 +551,8 @@ def test_rows_round_trip_and_refuse_nonsense():
     row = PackedWeight((4, 8), 1, Operand("nvfp4", block_2d=True), Operand("hif4"))
     assert PackedWeight.from_dict(json.loads(json.dumps(row.to_dict()))) == row
     assert PackedWeight.from_dict(replace(row, input=None).to_dict()).input is None
+    older = {"shape": [4, 8], "axis": 1, "format": "hif4", "tensor_scale": True, "input": None}
+    assert PackedWeight.from_dict(older) == PackedWeight((4, 8), 1, Operand("hif4"))
     for broken in ({}, row.to_dict() | {"axis": 2}, row.to_dict() | {"format": "fp5"}, row.to_dict() | {"more": 1}):
         with pytest.raises(FP4ValueError):
             PackedWeight.from_dict(broken)

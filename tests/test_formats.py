@@ -75,7 +75,9 @@ def test_bad_elements(changes, message):
         ("hif4", None, "authors", False),
         ("hif4", "truncation-free", "truncation-free", True),
         ("mxfp4", None, "floor", False),
-        ("mxfp4", "ceil", "ceil", False),
+        ("mxfp4", "ceil", "ceil", True),
+        ("mxfp4", "even", "even", False),
+        ("mxfp4", "floor-3/4", "floor-3/4", True),
         ("mxfp4", "rceil", "rceil", True),
         ("mxfp4", "truncation-free", "rceil", True),
         ("nvfp4", "nearest", "nearest", False),
@@ -85,6 +87,20 @@ def test_bad_elements(changes, message):
 def test_scale_rules(name, given, rule, truncation_free):
     assert FORMATS[name].rule(given) == rule
     assert FORMATS[name].is_truncation_free(given) is truncation_free
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_every_rule_and_rounding_of_a_format_is_a_row(name):
+    fmt = FORMATS[name]
+    assert fmt.scaling("truncation-free").truncation_free
+    assert fmt.roundings[:2] == ("nearest", "stochastic")
+    for rule in fmt.scale_rules:
+        assert fmt.is_scaled_per_tensor(rule) == (name == "nvfp4" or rule == "floor-3/4")
+        fmt.scaling(rule)
+    for rounding in fmt.roundings:
+        fmt.check_rounding(rounding)
+    with pytest.raises(FP4ValueError, match=f"rounding of format {name}: 'up'; allowed: "):
+        fmt.check_rounding("up")
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -145,6 +161,11 @@ def test_register(registered):
         ({"levels": (ScaleLevel("e8m0", None),)}, "over an even block"),
         ({"levels": (ScaleLevel("e8m0", 5),)}, "over an even block"),
         ({"scale_rules": ("floor",)}, "must name 'truncation-free'"),
+        (
+            {"scale_rules": ("floor", "rceil", "truncation-free", "4over6")},
+            "rule for e8m0 scales .*'4over6'; allowed: ceil",
+        ),
+        ({"roundings": ("nearest", "eden")}, "rounding 'eden' needs E4M3 scales"),
     ],
 )
 def test_register_refuses(registered, changes, message):

@@ -178,6 +178,19 @@ def test_a_hadamard_recipe_transforms_both_operands():
     assert (made(x) - exact).norm() < 0.25 * exact.norm()
 
 
+@pytest.mark.parametrize(("format", "rule"), [("nvfp4", "4over6"), ("nvfp4", "17/16"), ("mxfp4", "floor-3/4")])
+@torch.no_grad()
+def test_scale_rules_of_training_recipes(format, rule):
+    """What decodes a weight does not depend on the rule; what is left to a tensor scale, fixed or not, is stored."""
+    spec = Operand(format, scale_rule=rule)
+    made, linear = layer(PackedWeight((40, 70), 1, spec, spec))
+    assert torch.equal(made.weight, fp4compile.fake_quantize(linear.weight, format, 1, scale_rule=rule))
+    x = torch.randn(5, 70)
+    quantized = fp4compile.fake_quantize(x, format, scale_rule=rule)
+    expected = nn.functional.linear(quantized, made.weight, linear.bias)
+    torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_square_blocks():
     made, linear = layer(PackedWeight((40, 70), 1, Operand("mxfp4", block_2d=True)))

@@ -73,7 +73,8 @@ def test_fake_quantize_is_dequantize_of_quantize(name, options, axis, dtype):
         x[0, 0], x[3, 5], x[39] = float("nan"), float("-inf"), -0.0
         expected = fp4compile.dequantize(fp4compile.quantize(x, name, axis, **options), dtype)
         result = fp4compile.fake_quantize(x, name, axis, **options)
-        assert same_bits(result, expected)
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert same_bits(result.nan_to_num(), expected.nan_to_num())
         assert result.is_contiguous()
 
 
@@ -105,7 +106,8 @@ def test_the_ends_of_the_range_equal_the_reference_and_stay_finite(name, rule, d
         x[0] = end
         options = {"rounding": rounding, "scale_rule": rule}
         y = fp4compile.fake_quantize(x, name, seed=1, **options)
-        scale = OPS["tensor_scale"].reference(x, name) if FORMATS[name].has_tensor_scale else None
+        scaled = FORMATS[name].is_scaled_per_tensor(rule)
+        scale = OPS["tensor_scale"].reference(x, name, scale_rule=rule) if scaled else None
         arguments = {**options, "seed": torch.tensor(1), "tensor_scale": scale}
         assert same_bits(y, OPS["fake_quantize"].reference(x, name, 1, **arguments))
         assert y.isfinite().all()
@@ -223,9 +225,19 @@ REFUSED = [
     # tensor, format, options, error, what its message names
     (X, "fp4", {}, FP4ValueError, ["format 'fp4'", "hif4, mxfp4, nvfp4"]),
     (X, "mxpf4", {}, FP4ValueError, ["Did you mean 'mxfp4'?"]),
-    (X, "hif4", {"rounding": "up"}, FP4ValueError, ["rounding 'up'", "nearest, stochastic"]),
+    (X, "hif4", {"rounding": "up"}, FP4ValueError, ["rounding of format hif4: 'up'", "nearest, stochastic"]),
     (X, "hif4", {"scale_rule": "floor"}, FP4ValueError, ["format hif4: 'floor'", "authors, truncation-free"]),
-    (X, "mxfp4", {"scale_rule": "up"}, FP4ValueError, ["'up'", "ceil, even, floor, rceil, truncation-free"]),
+    (
+        X,
+        "mxfp4",
+        {"scale_rule": "up"},
+        FP4ValueError,
+        ["'up'", "ceil, even, floor, floor-3/4, gaussian, rceil, truncation-free"],
+    ),
+    (X, "mxfp4", {"scale_rule": "4over6"}, FP4ValueError, ["scale rule of format mxfp4: '4over6'", "of nvfp4"]),
+    (X, "hif4", {"rounding": "eden", "seed": 1}, FP4ValueError, ["rounding of format hif4: 'eden'", "of nvfp4"]),
+    (X, "nvfp4", {"rounding": "eden"}, FP4ValueError, ["rounding='eden' needs a seed"]),
+    (X, "mxfp4", {"scale_rule": "floor-3/4", "tensor_scale": 2.0}, FP4ValueError, ["fixed tensor scale"]),
     (X, "hif4", {"axis": 2}, FP4ValueError, ["axis 2", "(4, 64)", "-2..1"]),
     (X, "hif4", {"axis": -3}, FP4ValueError, ["axis -3", "-2..1"]),
     (X, "hif4", {"axis": 0.0}, FP4ValueError, ["axis 0.0", "-2..1"]),

@@ -15,6 +15,7 @@ from fp4compile.formats import FORMATS
 from fp4compile.recipe import RECIPES, ROLES, Operand, Recipe, Rule, load, loads, resolve
 
 PRESETS = [f"{name}{kind}" for name in ("hif4", "mxfp4", "nvfp4") for kind in ("", "-plain", "-w4a16", "-w4a4")]
+PUBLISHED = ["mxfp4-tseng", "quartet", "fp4-all-the-way", "tetrajet", "tetrajet-v2", "quartet2", "nvfp4-4over6"]
 HIF4 = Operand("hif4")
 BIASED = Operand("nvfp4", rounding="stochastic")
 
@@ -31,7 +32,16 @@ def registry() -> Iterator[None]:
 
 
 def test_every_preset_exists() -> None:
-    assert set(PRESETS) <= set(RECIPES.presets)
+    assert {*PRESETS, *PUBLISHED} == set(RECIPES.presets)
+
+
+@pytest.mark.parametrize("name", ["hif4", "mxfp4", "nvfp4", *PUBLISHED])
+def test_published_presets_cite_their_paper_and_say_what_was_inferred(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe = resolve(name)
+    assert recipe.inferred and recipe.keep_heads
+    assert "arXiv:" in recipe.source or name in ("hif4", "mxfp4", "nvfp4")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -66,8 +76,12 @@ def summary(name: str) -> dict[str, tuple[str, ...]]:
             assert spec is not None
             parts = {
                 "SR": spec.rounding == "stochastic",
+                "EDEN": spec.rounding == "eden",
                 f"RHT-{spec.hadamard}": spec.hadamard > 0,
+                "fresh": spec.signs == "fresh",
                 "2-D": spec.block_2d,
+                "again": spec.requantise,
+                "mask": spec.clip_mask,
             }
             found[f"{rule.role}.{operand}"] = tuple(part for part, there in parts.items() if there)
     return found
@@ -110,6 +124,36 @@ def test_nvfp4_has_weight_tiles_and_transforms_wgrad_only() -> None:
     assert all(spec.scaled_per_tensor for spec in resolve("nvfp4").operands)
 
 
+# Recipe -> the parts of each operand: forward X and W, dgrad dY and W, wgrad dY and X.
+PARTS = {
+    "mxfp4-tseng": ["SR RHT-64 fresh"] * 4,
+    "quartet": ["RHT-32 mask"] * 2 + ["SR RHT-32 fresh", "SR RHT-32 fresh again"] * 2,
+    "fp4-all-the-way": ["", "", "SR", "", "SR", "SR"],
+    "tetrajet": ["", "", "SR", "SR again", "SR", "SR again"],
+    "tetrajet-v2": ["", ""] + ["SR RHT-32 fresh", "SR RHT-32 fresh again"] * 2,
+    "quartet2": ["", ""] + ["EDEN RHT-128 fresh", "EDEN RHT-128 fresh again"] * 2,
+    "nvfp4-4over6": ["", "2-D", "SR", "2-D", "SR RHT-16", "RHT-16"],
+}
+RULES = {
+    "mxfp4-tseng": ["floor-3/4"] * 4,
+    "quartet": ["gaussian"] * 2 + ["floor-3/4"] * 4,
+    "fp4-all-the-way": ["nearest"] * 6,
+    "tetrajet": ["rceil"] * 6,
+    "tetrajet-v2": ["nearest"] * 2 + ["17/16"] * 4,
+    "quartet2": ["4over6"] * 2 + ["eden"] * 4,
+    "nvfp4-4over6": ["4over6"] * 2 + ["nearest", "4over6"] + ["nearest"] * 2,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_have_the_parts_of_the_table(name: str) -> None:
+    assert [" ".join(parts) for parts in summary(name).values()] == PARTS[name]
+    operands = resolve(name).operands
+    assert [FORMATS[spec.format].rule(spec.scale_rule) for spec in operands] == RULES[name]
+    expected = "mxfp4" if name in ("mxfp4-tseng", "quartet", "tetrajet") else "nvfp4"
+    assert {spec.format for spec in operands} == {expected}
+
+
 # --- TOML
 
 RICH = Recipe(
@@ -120,14 +164,18 @@ RICH = Recipe(
         Rule("dgrad", grad=Operand("mxfp4", "stochastic", "truncation-free", 64), weight=Operand("mxfp4", hadamard=64)),
         Rule("wgrad", input=HIF4),
     ),
-    keep=("*.router", 'a "quoted" [glob]'),
+    keep=("*.router", 'a "quoted" [glob]', "wgrad:layers.0.*"),
     keep_heads=False,
     keep_last=0.25,
+    keep_first_n=1,
+    keep_last_n=2,
     source="a paper, ü\nsecond line",
 )
 
 
-@pytest.mark.parametrize("recipe", [*(RECIPES.presets[name] for name in PRESETS), RICH], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recipe", [*(RECIPES.presets[name] for name in [*PRESETS, *PUBLISHED]), RICH], ids=lambda r: r.name
+)
 def test_saving_and_loading_gives_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "recipe.toml"
     recipe.save(path)
@@ -166,6 +214,11 @@ BROKEN = {
     "keep_last is a name": ('name = "x"\nkeep_last = "5"\n[[rule]]\nrole = "forward"', [":2", "'keep_last'", "float"]),
     "keep_last is 1": ('name = "x"\nkeep_last = 1\n[[rule]]\nrole = "forward"', ["keep_last must be in [0, 1), got 1"]),
     "hadamard is a name": (HEAD + 'input = { format = "hif4", hadamard = "64" }', [":4", "'hadamard'", "int"]),
+    "keep_first_n is a fraction": ('name = "x"\nkeep_first_n = 0.5\n[[rule]]\nrole = "forward"', [":2", "int", "0.5"]),
+    "keep_last_n is negative": ('name = "x"\nkeep_last_n = -1\n[[rule]]\nrole = "forward"', ["at least 0, got -1"]),
+    "keep in no role": ('name = "x"\nkeep = ["fprop:*"]\n[[rule]]\nrole = "forward"', ["'fprop'", "dgrad, forward"]),
+    "requantise is a name": (HEAD + 'input = { format = "hif4", requantise = "yes" }', [":4", "'requantise'", "bool"]),
+    "tensor scale of hif4": (HEAD + 'input = { format = "hif4", tensor_scale = true }', [":4", "'input'", "nvfp4"]),
     "block_2d is a number": (HEAD + 'weight = { format = "nvfp4", block_2d = 1 }', [":4", "'block_2d'", "bool"]),
     "name is a number": ('name = 3\n[[rule]]\nrole = "forward"', [":1", "'name'", "str"]),
     "unknown format": (HEAD + 'input = { format = "mxfp44" }', [":4", "'input'", "'mxfp44'", "Did you mean 'mxfp4'"]),
@@ -207,7 +260,23 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
 
 OPERAND_ERRORS = {
     "format": ({"format": "fp5"}, "unknown format 'fp5'; allowed: hif4, mxfp4, nvfp4"),
-    "rounding": ({"format": "hif4", "rounding": "up"}, "unknown rounding 'up'; allowed: nearest, stochastic"),
+    "rounding": ({"format": "hif4", "rounding": "up"}, "unknown rounding of format hif4: 'up'; allowed: nearest, sto"),
+    "4 over 6": (
+        {"format": "mxfp4", "scale_rule": "4over6"},
+        r"unknown scale rule of format mxfp4: '4over6'; .*\('4over6' is a scale rule of nvfp4\)",
+    ),
+    "Gaussian scales": ({"format": "nvfp4", "scale_rule": "gaussian"}, "is a scale rule of mxfp4"),
+    "eden of mxfp4": ({"format": "mxfp4", "rounding": "eden", "hadamard": 128}, r"\('eden' is a rounding of nvfp4\)"),
+    "eden unmixed": ({"format": "nvfp4", "rounding": "eden", "scale_rule": "eden"}, "128 values .* hadamard is 0"),
+    "eden without room": ({"format": "nvfp4", "rounding": "eden", "hadamard": 128}, "'nearest' leaves no room"),
+    "tensor scale": ({"format": "hif4", "tensor_scale": True}, "hif4 has no tensor scale; formats that have: nvfp4"),
+    "tensor scale of mxfp4": ({"format": "mxfp4", "tensor_scale": True}, "mxfp4 has no tensor scale"),
+    "no tensor scale": (
+        {"format": "mxfp4", "scale_rule": "floor-3/4", "tensor_scale": False},
+        "'floor-3/4' leaves a factor to a tensor scale, which this switches off",
+    ),
+    "signs": ({"format": "hif4", "hadamard": 64, "signs": "new"}, "unknown signs 'new'; allowed: fixed, fresh"),
+    "signs of nothing": ({"format": "hif4", "signs": "fresh"}, "fresh signs are those of a Hadamard transform"),
     "scale rule": ({"format": "mxfp4", "scale_rule": "up"}, "unknown scale rule of format mxfp4: 'up'; allowed: ceil"),
     "hadamard of 48": ({"format": "hif4", "hadamard": 48}, "power of two of at least 2, got 48"),
     "hadamard of 1": ({"format": "hif4", "hadamard": 1}, "power of two of at least 2, got 1"),
@@ -221,6 +290,25 @@ OPERAND_ERRORS = {
 def test_operands_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(FP4ValueError, match=message):
         Operand(**options)
+
+
+AGAIN, MASKED = Operand("hif4", requantise=True), Operand("hif4", clip_mask=True)
+RULE_ERRORS = {
+    "signs": (
+        ("wgrad", {"grad": Operand("hif4", hadamard=64, signs="fresh"), "input": Operand("hif4", hadamard=64)}),
+        "operands of a wgrad GEMM need the same signs",
+    ),
+    "forward again": (("forward", {"weight": AGAIN}), "the weight of a forward GEMM cannot be requantised"),
+    "gradient again": (("dgrad", {"grad": AGAIN}), "the grad of a dgrad GEMM cannot be requantised"),
+    "backward mask": (("wgrad", {"input": MASKED}), "a wgrad GEMM takes no clip mask"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), RULE_ERRORS.values(), ids=RULE_ERRORS)
+def test_rules_that_cannot_be(given: tuple, message: str) -> None:
+    role, operands = given
+    with pytest.raises(FP4ValueError, match=message):
+        Rule(role, **operands)
 
 
 @pytest.mark.parametrize(("role", "reads", "other"), [
@@ -275,9 +363,18 @@ def test_without_a_rule_nothing_decides() -> None:
 def test_keep_adds_to_the_recipe_and_leaves_the_preset() -> None:
     recipe = resolve(dataclasses.replace(ORDERED, keep=("a",)), keep=["b.*"])
     assert recipe.keep == ("a", "b.*")
-    assert (recipe.kept_by("a"), recipe.kept_by("b.c"), recipe.kept_by("b")) == ("a", "b.*", None)
+    assert [recipe.kept_by(path, "forward") for path in ("a", "b.c", "b")] == ["a", "b.*", None]
     assert resolve("hif4", keep=["x"]).keep == ("x",)
     assert resolve("hif4").keep == ()
+
+
+def test_keep_by_role() -> None:
+    recipe = dataclasses.replace(ORDERED, keep=("wgrad:a.*", "b"))
+    assert [recipe.kept_by("a.x", role) for role in ROLES] == [None, None, "wgrad:a.*"]
+    assert [recipe.kept_by("b", role) for role in ROLES] == ["b"] * 3
+    assert recipe.globs[:2] == ["a.*", "b"]
+    with pytest.raises(FP4ValueError, match=r"unknown role in keep='x:a': 'x'; allowed: dgrad, forward, wgrad"):
+        resolve("hif4", keep=["x:a"])
 
 
 @pytest.mark.parametrize("keep", ["layers.*", [1], [None]])
@@ -334,7 +431,7 @@ def test_biased_stochastic_rounding_of_a_users_recipe_warns(format: str) -> None
 
 
 def test_unbiased_stochastic_rounding_does_not_warn() -> None:
-    for format, rule in [*((name, "truncation-free") for name in FORMATS), ("mxfp4", "rceil")]:
+    for format, rule in [*((name, "truncation-free") for name in FORMATS), ("mxfp4", "rceil"), ("nvfp4", "17/16")]:
         resolve(Recipe("mine", (Rule("dgrad", grad=Operand(format, "stochastic", rule)),)))
 
 

@@ -502,7 +502,10 @@ def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
     return answer
 
 
-_QUANTIZING = (_on_cpu, checks.input, _format_known, checks.scalars, _transform_size, checks.rounding, checks.square)
+_QUANTIZING = (
+    *(_on_cpu, checks.input, _format_known, checks.scale_rule, checks.scalars),
+    *(_transform_size, checks.rounding, checks.square),
+)
 
 KERNELS: tuple[Kernel, ...] = tuple(
     Kernel(f"cpu/{op}", op, "cpu", run, _supports(*required))
@@ -510,7 +513,10 @@ KERNELS: tuple[Kernel, ...] = tuple(
         ("fake_quantize", fake_quantize, (*_QUANTIZING, checks.unproduced)),
         ("quantize", quantize, _QUANTIZING),
         ("dequantize", dequantize, (_on_cpu, _format_known, checks.scalars, checks.square, checks.packed)),
-        ("tensor_scale", tensor_scale, (_on_cpu, checks.input, checks.scalars, _transform_size, checks.unproduced)),
+        (
+            *("tensor_scale", tensor_scale),
+            (_on_cpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, checks.unproduced),
+        ),
         ("hadamard", hadamard, (_on_cpu, checks.input, checks.scalars, _transform_size)),
         ("mm", mm, (_on_cpu, _operands)),
     )

@@ -160,9 +160,9 @@ def _kernel(
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _QUANTIZED = (_on_one_gpu, checks.input, _format_known)
-_OPTIONS = (checks.scalars, _transform_size, checks.rounding, checks.square)
+_OPTIONS = (checks.scale_rule, checks.scalars, _transform_size, checks.rounding, checks.square)
 _ROWS = (_on_one_gpu, checks.input, _matrix, _format_in_rows, checks.scalars, _producer)
-_OPTIONS_OF_ROWS = (_transform_size, checks.rounding)
+_OPTIONS_OF_ROWS = (checks.scale_rule, _transform_size, checks.rounding)
 
 # Of the kernels of one op the first that supports a call runs it: `mm` on FP4 tensor cores before one that decodes.
 # In a row checks go from general to particular, as the first that objects is what a report prints.
@@ -186,7 +186,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _kernel(
         "triton/tensor_scale", "tensor_scale", codec.tensor_scale,
-        _on_one_gpu, checks.input, checks.scalars, _transform_size, _producer,
+        _on_one_gpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, _producer,
     ),
     _kernel(
         "triton/quantize_rowwise", "quantize_rowwise", rowwise.quantize_rowwise,

@@ -546,8 +546,8 @@ def _dense(x: Tensor) -> Tensor:
     return _contiguous(x.permute(order))
 
 
-def tensor_scale(x: Tensor, hadamard: int, producer: str, **arguments: Any) -> Tensor:
-    """The op `tensor_scale`."""
+def tensor_scale(x: Tensor, hadamard: int, producer: str, scale_rule: str | None, **arguments: Any) -> Tensor:
+    """The op `tensor_scale`, the same under every scale rule that the kernels have."""
     if not x.numel():
         return torch.ones((), dtype=torch.float32, device=x.device)
     x = _contiguous(x) if hadamard or producer else _dense(x)

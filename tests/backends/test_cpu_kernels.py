@@ -18,6 +18,7 @@ from fp4compile.backend import Kernel, No, Yes
 from fp4compile.backends.inductor import cpu
 from fp4compile.formats import FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
+from tests.helpers import left_to_the_reference
 
 KERNELS = {kernel.op: kernel for kernel in cpu.KERNELS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,8 +74,9 @@ def check(op: str, **sample: Any) -> None:
 @pytest.mark.parametrize("kernel", [k for k in cpu.KERNELS if k.op != "mm"], ids=lambda k: k.op)
 def test_every_sample_has_the_references_bits(kernel: Kernel) -> None:
     for sample in OPS[kernel.op].samples():
-        if sample.get("producer"):  # left to what compiles the graph around the op
-            assert isinstance(kernel.supports(arguments(kernel.op, sample)), No)
+        given = arguments(kernel.op, sample)
+        if sample.get("producer") or left_to_the_reference(given):  # a producer: to what compiles the graph around it
+            assert isinstance(kernel.supports(given), No)
         elif sample.get("format") in (None, *NAMES):
             check(kernel.op, **sample)
 
@@ -259,6 +261,8 @@ def test_declines_say_why() -> None:
         "float64": {"x": torch.ones(2, 64, dtype=torch.float64)},
         "seed": {"x": torch.ones(2, 64), "rounding": "stochastic"},
         "power of two": {"x": torch.ones(2, 64), "hadamard": 48},
+        "scale rule 'gaussian'": {"x": torch.ones(2, 64), "format": "mxfp4", "scale_rule": "gaussian"},
+        "rounding 'eden'": {"x": torch.ones(2, 64), "format": "nvfp4", "rounding": "eden"},
         "2-D": {"x": torch.ones(2, 64), "block_2d": True},
         "not on the CPU": {"x": torch.ones(2, 64, device="meta")},
     }

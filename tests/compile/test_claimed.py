@@ -82,6 +82,21 @@ def test_a_step_of_a_llama_block(backend: Any, recipe: str) -> None:
     assert got.worst(wanted) < 1e-5
 
 
+PUBLISHED = ("mxfp4-tseng", "quartet", "fp4-all-the-way", "tetrajet", "tetrajet-v2", "quartet2")
+
+
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4-4over6", *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED)]
+)
+def test_a_step_of_published_recipes(recipe: str) -> None:
+    """The same references in the same order, whatever is paired, absorbed or moved to the other half."""
+    model, x = _block(torch.float32)
+    wanted = step(compiled(model, recipe, "reference"), x)
+    torch._dynamo.reset()
+    with registered(_Reference()) as name:
+        assert step(compiled(model, recipe, name), x).check().worst(wanted) == 0.0
+
+
 @pytest.mark.parametrize("recipe", ["mxfp4-plain", "mxfp4"])
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 def test_a_step_in_fp8_rows_is_as_close_to_fp32_as_the_reference(backend: Any, recipe: str) -> None:

@@ -97,6 +97,67 @@ def test_keeps_the_last_blocks(fraction: float, kept: list[int]) -> None:
     assert found == kept
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_first_n": 1}, [0]),
+        ({"keep_last_n": 2}, [2, 3]),
+        ({"keep_first_n": 1, "keep_last_n": 1}, [0, 3]),
+        ({"keep_last": 0.5, "keep_last_n": 1}, [2, 3]),
+        ({"keep_first_n": 9}, [0, 1, 2, 3]),
+    ],
+)
+def test_keeps_blocks_by_number(options: dict[str, float], kept: list[int]) -> None:
+    recipe = Recipe("test", (Rule("forward", weight=HIF4),), **options)
+    found = []
+    for index in range(4):
+        captured = linear(recipe, parameter=f"layers.{index}.up.weight")
+        captured.context.depths = {"layers": 4}
+        site = decide(captured)
+        if site.status == "kept":
+            assert site.reason.startswith("among the ") and site.reason.endswith(" of 4 blocks")
+            found.append(index)
+    assert found == kept
+
+
+def test_keeps_one_role_of_a_module() -> None:
+    spec = Operand("hif4")
+    rules = (Rule("forward", input=spec, weight=spec), Rule("wgrad", grad=spec, input=spec))
+    recipe = Recipe("test", rules, keep=("wgrad:0",))
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    captured = capture(model, [randn(4, 64)], recipe).until("annotate")
+    assert {(s.path, s.role): s.reason for s in captured.sites if s.status == "kept" and s.role != "dgrad"} == {
+        ("0", "wgrad"): "keep='wgrad:0'"
+    }
+
+
+AGAIN = Operand("hif4", requantise=True)
+
+
+def test_what_cannot_be_requantised_says_why() -> None:
+    recipe = Recipe("again", (Rule("wgrad", grad=HIF4, input=AGAIN),))
+    captured = capture(nn.Linear(64, 32), [randn(4, 64)], recipe).until("annotate")
+    assert captured.sites[1].status == "refused"
+    assert "'input' is to be requantised, and its forward GEMM reads it in high precision" in captured.sites[1].reason
+    rules = (Rule("forward", input=HIF4), *recipe.rules)
+    captured = capture(nn.Linear(64, 32), [randn(4, 64)], Recipe("again", rules))
+    captured.run("canonicalise", "find_sites")
+    forward, wgrad = captured.sites
+    forward.path = "elsewhere"
+    captured.run("annotate")
+    assert wgrad.status == "refused" and "which forward GEMM read it is not certain" in wgrad.reason
+
+
+def test_a_constant_tensor_scale_is_one_too() -> None:
+    """4/3 of `floor-3/4` goes to the accumulator, which no grouped GEMM offers."""
+    spec = Operand("mxfp4", scale_rule="floor-3/4")
+    captured = linear(Recipe("test", (Rule("forward", weight=spec),)), parameter="up.weight")
+    captured.context.strict = False
+    captured.sites[0].kind = "grouped"
+    captured.run("annotate")
+    assert captured.sites[0].reason == "no grouped GEMM applies a per-tensor scale to its accumulator"
+
+
 def test_modules_outside_the_blocks_have_no_depth() -> None:
     captured = linear(Recipe("test", (Rule("forward", weight=HIF4),), keep_last=0.5), parameter="projector.weight")
     captured.context.depths = {"layers": 2}

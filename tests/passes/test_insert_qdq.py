@@ -138,3 +138,27 @@ def test_new_nodes_know_their_half_and_their_module() -> None:
     for node in (*captured.calls("quantize"), *captured.calls("dequantize")):
         assert node.meta["partitioner_tag"] == "is_backward"
         assert node.meta["seq_nr"] == site.node.meta["seq_nr"]
+
+
+@pytest.mark.parametrize("scaled", ["both", "forward", "backward", "neither"])
+def test_a_requantised_operand_is_made_from_what_the_forward_read(scaled: str) -> None:
+    """The tensor scales that both quantisations leave out are multiplied."""
+    forward = NVFP4 if scaled in ("both", "forward") else MXFP4
+    again = Operand("nvfp4" if scaled in ("both", "backward") else "mxfp4", requantise=True)
+    grad = Operand("hif4")
+    recipe = Recipe("test", (Rule("forward", input=forward, weight=forward), Rule("wgrad", grad=grad, input=again)))
+    captured = capture(nn.Linear(64, 32, bias=False), [randn(40, 64)], recipe).until("insert_qdq")
+    weight, x, tangent = captured.inputs()
+
+    def quantised(t: Tensor, format: str, axis: int) -> tuple[Tensor, Tensor]:
+        scale = OPS["tensor_scale"].reference(t, format) if format == "nvfp4" else None
+        values = OPS["fake_quantize"].reference(t, format, axis, tensor_scale=scale, fold=False)
+        return values, torch.ones(()) if scale is None else scale
+
+    values, first = quantised(x, forward.format, 1)
+    values, second = quantised(values, again.format, 0)
+    expected = (fake(tangent, "hif4", 0).T @ values) * (first * second)
+    assert same_bits(captured.execute(weight, x, tangent)[1:], [expected])
+    text = captured.text
+    assert captured.run("insert_qdq") == 0
+    assert captured.text == text

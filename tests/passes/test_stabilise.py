@@ -123,6 +123,47 @@ def test_other_specs_of_one_tensor_have_other_streams() -> None:
     assert len({node.kwargs["stream"] for node in captured.calls("quantize")}) == 2
 
 
+def fresh(*roles: str) -> Recipe:
+    spec = Operand("hif4", hadamard=32, signs="fresh")
+    rules = {
+        "forward": Rule("forward", input=spec, weight=spec),
+        "dgrad": Rule("dgrad", grad=spec, weight=spec),
+        "wgrad": Rule("wgrad", grad=spec, input=spec),
+    }
+    return Recipe("fresh", tuple(rules[role] for role in roles))
+
+
+def test_fresh_signs_belong_to_a_gemm_and_a_step() -> None:
+    captured = capture(Two(), [randn(8, 64).requires_grad_()], fresh("forward", "dgrad", "wgrad")).until("stabilise")
+    assert len(captured.calls("draw_seed")) == 1
+    seeds = [node.args[3] for node in captured.calls("hadamard")]
+    assert len(seeds) == 12
+    by_gemm = [set(seeds[i : i + 2]) for i in range(0, 12, 2)]  # operands stand before their GEMM
+    assert all(len(pair) == 1 for pair in by_gemm) and len(set.union(*by_gemm)) == 6
+    first, again, other = (captured.execute(seed=seed) for seed in (1, 1, 2))
+    assert same_bits(first, again)
+    assert not same_bits(first, other)
+    captured.run("pull_back", "share")
+    assert len(captured.calls("quantize")) == 12  # x is read by two GEMMs with signs of their own
+
+
+def test_fresh_signs_cancel_in_their_gemm() -> None:
+    captured = capture(nn.Linear(64, 32, bias=False), [randn(40, 64)], fresh("wgrad")).until("stabilise")
+    _, x, grad = captured.inputs()
+    for seed in (1, 2):
+        assert (captured.execute(seed=seed)[1] - grad.T @ x).norm() < 0.15 * (grad.T @ x).norm()
+
+
+def test_fresh_signs_survive_fusion() -> None:
+    recipe = Recipe("w", tuple(Rule("wgrad", grad=s, input=s) for s in [Operand("nvfp4", hadamard=32, signs="fresh")]))
+    captured = capture(nn.Linear(64, 32, bias=False), [randn(40, 64)], recipe).until("stabilise")
+    before = captured.execute(seed=5)
+    captured.run("pull_back", "share", "fuse")
+    assert not captured.calls("hadamard")
+    assert {"sign_seed"} <= set(captured.calls("tensor_scale")[0].kwargs)
+    assert same_bits(captured.execute(seed=5), before)
+
+
 @pytest.mark.parametrize(("recipe", "draws"), [("mxfp4", 1), ("nvfp4", 1), ("hif4", 0)])
 def test_draws_one_seed_per_graph_and_only_if_needed(recipe: str, draws: int) -> None:
     captured = capture(Two(), [randn(8, 64)], recipe).until("stabilise")
