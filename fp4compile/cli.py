@@ -282,7 +282,9 @@ def _to_convert(model: str) -> tuple[Any, Any]:
 # --- opt ----------------------------------------------------------------------------------------------------
 
 
-@command("fp4compile opt models.py:build --passes canonicalise,find_sites,annotate,insert_qdq --recipe mxfp4")
+@command(
+    "fp4compile opt models.py:build --passes canonicalise,find_sites,annotate,pad_groups,insert_qdq --recipe mxfp4"
+)
 def opt(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)] = None,
     passes: Annotated[

@@ -116,6 +116,7 @@ class Recipe:
         rules: the first match decides.
         keep: globs of module paths that stay in high precision.
         keep_heads: keep output heads (`HEADS`, or tied to an embedding).
+        keep_routers: keep the linear layers that choose experts: top-k, sort or argmax of what they compute.
         keep_last: fraction of the repeated blocks (`layers.N`), counted from the end, that stays in high precision.
         source: where the recipe comes from.
         inferred: what the source leaves open and was decided here.
@@ -125,6 +126,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     keep: tuple[str, ...] = ()
     keep_heads: bool = True
+    keep_routers: bool = True
     keep_last: float = 0.0
     source: str = ""
     inferred: str = ""

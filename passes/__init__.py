@@ -12,15 +12,19 @@ from fp4compile.passes.fuse import Fuse
 from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
+from fp4compile.passes.pad_groups import PadGroups
 from fp4compile.passes.pair import Pair
 from fp4compile.passes.rescale import Rescale
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
+from fp4compile.passes.unwrap import Unwrap
 
 PIPELINE = (
+    Unwrap(),
     Canonicalise(),  # before sites are looked for, so that few spellings of a GEMM need to be known
     FindSites(),
     Annotate(),
+    PadGroups(),  # after annotate, which says in what blocks; before insert_qdq, which quantises along the tokens
     InsertQDQ(),  # from here on the graph is the specification of the numerics
     Stabilise(),
     Share(),  # after stabilise: two quantisations are the same only with the same transform, rounding and blocks
@@ -44,8 +48,10 @@ __all__ = [
     "InsertQDQ",
     "Legalise",
     "Pack",
+    "PadGroups",
     "Pair",
     "Rescale",
     "Share",
     "Stabilise",
+    "Unwrap",
 ]

@@ -30,6 +30,10 @@ def _head(site: Site, context: Context) -> str | None:
     return "output head" if site.path.rpartition(".")[2] in HEADS else None
 
 
+def _router(site: Site, context: Context) -> str | None:
+    return "router logits" if context.recipe.keep_routers and site.parameter in context.routers else None
+
+
 def _glob(site: Site, context: Context) -> str | None:
     glob = context.recipe.kept_by(site.path) or context.recipe.kept_by(site.parameter)
     return f"keep={glob!r}" if glob else None
@@ -55,7 +59,7 @@ def _last_blocks(site: Site, context: Context) -> str | None:
     return None
 
 
-_REASONS_TO_KEEP = (_head, _glob, _last_blocks)
+_REASONS_TO_KEEP = (_head, _router, _glob, _last_blocks)
 
 
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
@@ -75,10 +79,6 @@ def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) ->
         token_axis = site.role == "wgrad"  # padded with zeros, as both operands are
         if spec.hadamard and not token_axis and size % spec.hadamard != 0:
             return f"a Hadamard transform of size {spec.hadamard} does not divide the {size} features it runs along"
-    if site.kind == "grouped" and any(spec and spec.scaled_per_tensor for spec in specs.values()):
-        return "no grouped GEMM applies a per-tensor scale to its accumulator"
-    if site.kind == "grouped" and site.role == "wgrad":
-        return "the contraction of a grouped wgrad runs over token groups, and blocks would cross them"
     return None
 
 

@@ -311,9 +311,9 @@ def test_opt(model):
 
 
 def test_opt_with_passes(model):
-    passes = "canonicalise, find_sites,annotate,insert_qdq"
+    passes = "canonicalise, find_sites,annotate,pad_groups,insert_qdq"
     text = output("opt", model, "-p", passes, "-r", "mxfp4-w4a16", "--print-between")
-    names = ["canonicalise", "find_sites", "annotate", "insert_qdq"]
+    names = ["canonicalise", "find_sites", "annotate", "pad_groups", "insert_qdq"]
     assert headings(text) == ["# graph 1, captured", *(f"# graph 1, after {name}" for name in names)]
     assert "fp4compile.dequantize(" in text and "fake_quantize" not in text
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fp4compile
 from fp4compile.hadamard import hadamard
+from fp4compile.recipe import HEADS
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ def by_hand(model: nn.Module, how: Treatment) -> nn.Module:
     """A copy whose linear layers, output heads aside, are FP4 autograd written by hand."""
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and name.rpartition(".")[2] != "head":
+        if type(module) is nn.Linear and name.rpartition(".")[2] not in HEADS:
             module.__class__ = _Linear
             module.how = how
     return model

@@ -1,0 +1,192 @@
+"""Mixtures of experts train in FP4 in every role, as FP4 experts written by hand do; routers do not."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers.integrations import moe
+
+import fp4compile
+from fp4compile.recipe import HEADS, RECIPES, Recipe
+from tests.compile.common import Step, by_hand, compiled, randn, relative
+from tests.compile.experts import Grouped, HandGrouped, hand_grouped_mm, nearest, treatment
+
+ROLES = {"forward", "dgrad", "wgrad"}
+MAIN = ("hif4", "mxfp4", "nvfp4")
+PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
+ENDS = torch.tensor([3, 3, 37, 50], dtype=torch.int32)  # uneven, one without a token, no multiple of any block
+
+_COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_HEADS = {"num_key_value_heads": 2, "head_dim": 32}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+_LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    "moe_intermediate_size": 128,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+
+# name -> (model class, configuration class, its arguments, number of layers with experts)
+MODELS: Mapping[str, tuple[Any, Any, Mapping[str, Any], int]] = {
+    "qwen3_moe": (
+        tf.Qwen3MoeForCausalLM,
+        tf.Qwen3MoeConfig,
+        {**_COMMON, **_HEADS, **_EXPERTS, "moe_intermediate_size": 128},
+        2,
+    ),
+    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig, {**_COMMON, **_HEADS, **_LOCAL}, 2),
+    "gpt_oss": (tf.GptOssForCausalLM, tf.GptOssConfig, {**_COMMON, **_HEADS, **_LOCAL}, 2),
+    "deepseek_v3": (tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config, {**_COMMON, **_DEEPSEEK}, 1),
+    "olmoe": (tf.OlmoeForCausalLM, tf.OlmoeConfig, {**_COMMON, **_EXPERTS, "num_key_value_heads": 2}, 2),
+}
+
+
+# --- one stack of experts --------------------------------------------------------------------------------------------
+
+
+def _step(model: Any, x: Tensor, ends: Tensor = ENDS, seed: int = 1) -> Step:
+    """Output and gradients; as `common.step`, with the ends of the groups."""
+    inner = getattr(model, "_orig_mod", model)
+    inner.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(seed)
+    out = model(x, ends)
+    (out.float() * randn(*out.shape, seed=7)).sum().backward()
+    grads = {name: p.grad.clone() for name, p in inner.named_parameters()}
+    return Step({"output": out.detach(), "input": x.grad, **grads})
+
+
+def _experts(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> tuple[Grouped, HandGrouped]:
+    model = Grouped().to(dtype)
+    by_loop = copy.deepcopy(model)
+    by_loop.__class__, by_loop.how = HandGrouped, treatment(recipe)
+    return model, by_loop
+
+
+@pytest.mark.parametrize("recipe", [*PLAIN, *MAIN])
+def test_grouped_experts_are_fp4_experts_in_a_loop(recipe: str) -> None:
+    """Bit for bit: the same values, in sums of the same order."""
+    model, by_loop = _experts(nearest(recipe))
+    x = randn(50, 64, dtype=torch.bfloat16)
+    got = _step(compiled(model, nearest(recipe)), x)
+    wanted = _step(by_loop, x).check()
+    assert got.worst(wanted) == 0.0
+    assert min(_step(model, x).error(wanted).values()) > 0.1
+    sites = fp4compile.last_report().sites
+    assert {(s.parameter, s.role) for s in sites} == {(w, role) for w in ("w1", "w2", "w3") for role in ROLES}
+    assert all((s.kind, s.status) == ("grouped", "fp4") for s in sites)
+
+
+def test_what_lies_behind_the_last_expert_counts_for_nothing() -> None:
+    model, by_loop = _experts(RECIPES.get("hif4-plain"))
+    x, ends = randn(50, 64, dtype=torch.bfloat16), torch.tensor([5, 5, 20, 31], dtype=torch.int32)
+    got, wanted = (_step(m, x, ends).tensors for m in (compiled(model, "hif4-plain"), by_loop))
+    for name in ("w1", "w2", "w3"):
+        assert torch.equal(got[name], wanted[name]), name
+    for name in ("output", "input"):
+        assert torch.equal(got[name][:31], wanted[name][:31]), name
+
+
+@pytest.mark.parametrize("recipe", ["hif4-plain", "nvfp4-plain"])
+def test_another_routing_makes_no_other_graph(recipe: str) -> None:
+    model, by_loop = _experts(RECIPES.get(recipe))
+    fp4 = compiled(model, recipe)
+    x = randn(50, 64, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    counters.clear()
+    for ends in (ENDS, torch.tensor([0, 0, 0, 50], dtype=torch.int32), torch.tensor([10, 21, 50, 50], dtype=torch.int32)):
+        assert _step(fp4, x, ends).worst(_step(by_loop, x, ends)) == 0.0
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_another_number_of_tokens_makes_as_many_graphs_as_bf16() -> None:
+    made = []
+    for make in (lambda m: compiled(m, "nvfp4-plain"), lambda m: torch.compile(m, backend="aot_eager")):
+        torch._dynamo.reset()
+        counters.clear()
+        model, by_loop = _experts(RECIPES.get("nvfp4-plain"))
+        run = make(model)
+        for tokens in (50, 61, 83, 4):
+            x, ends = randn(tokens, 64, dtype=torch.bfloat16), ENDS.clamp(max=tokens)
+            got = _step(run, x, ends)
+            if not made:
+                assert got.worst(_step(by_loop, x, ends)) == 0.0
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4"])
+def test_stochastic_gradients_have_the_right_mean(recipe: str) -> None:
+    """As for linear layers: over n steps the error shrinks by sqrt(n), to that factor itself."""
+    model, by_loop = _experts(RECIPES.get(recipe), torch.bfloat16)
+    x, fp4 = randn(50, 64, dtype=torch.bfloat16), compiled(model, recipe)
+    wanted = _step(by_loop, x)
+    steps = [_step(fp4, x, seed=seed).tensors for seed in range(48)]
+    for name in ("input", "w1", "w2", "w3"):
+        values = [s[name].float() for s in steps]
+        single = sum(relative(v, wanted.tensors[name].float()) for v in values) / len(values)
+        mean = relative(torch.stack(values).mean(0), wanted.tensors[name].float())
+        assert single > 0.02, name
+        assert 0.6 < mean * len(values) ** 0.5 / single < 1.5, name
+
+
+# --- models of transformers ------------------------------------------------------------------------------------------
+
+
+def _model(name: str, **more: Any) -> nn.Module:
+    model_class, config_class, arguments, _ = MODELS[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model_class(config_class(**{**arguments, **more})).eval()
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    inner = getattr(model, "_orig_mod", model)
+    inner.zero_grad()
+    ids = torch.randint(3, 60, (2, 37), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    out = model(input_ids=ids, use_cache=False)
+    out.logits.float().log_softmax(-1)[..., 0].mean().neg().backward()
+    grads = {name: p.grad.clone() for name, p in inner.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach(), **grads}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MAIN)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_that_of_fp4_experts_by_hand(name: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(name)
+    how = treatment(nearest(recipe))
+    got = _gradients(compiled(model, nearest(recipe)))
+    report = fp4compile.last_report()
+    assert not report.count("refused"), report.to_text()
+    monkeypatch.setattr(moe, "_grouped_mm", lambda x, weight, offs: hand_grouped_mm(x, weight, offs, how))
+    wanted = _gradients(by_hand(model, how))
+    assert got.keys() == wanted.keys()
+    print({k: relative(got[k], wanted[k]) for k in got})
