@@ -14,12 +14,14 @@ from transformers.integrations import moe
 
 import fp4compile
 from fp4compile.recipe import HEADS, RECIPES, Recipe
+from fp4compile.report import Report
 from tests.compile.common import Step, by_hand, compiled, randn, relative
 from tests.compile.experts import Grouped, HandGrouped, hand_grouped_mm, nearest, treatment
 
 ROLES = {"forward", "dgrad", "wgrad"}
 MAIN = ("hif4", "mxfp4", "nvfp4")
 PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
+SAME = 2e-6  # as in test_numerics: the same torch ops, sums of residual branches in another order
 ENDS = torch.tensor([3, 3, 37, 50], dtype=torch.int32)  # uneven, one without a token, no multiple of any block
 
 _COMMON = {
@@ -177,16 +179,47 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return {"logits": out.logits.detach(), **grads}
 
 
+def _check(report: Report, model: nn.Module, layers: int) -> None:
+    """Every expert GEMM and all but heads and routers are FP4, in every role."""
+    assert not report.count("refused"), report.to_text()
+    stacks = {name for name, p in model.named_parameters() if p.dim() == 3}
+    grouped = [(s.parameter, s.role) for s in report.sites if s.kind == "grouped" and s.status == "fp4"]
+    assert sorted(grouped) == sorted((name, role) for name in stacks for role in ROLES)
+    assert len(stacks) == 2 * layers
+    kept = [(s.path.rpartition(".")[2], s.reason) for s in report.sites if s.status == "kept"]
+    routers = [name for name, reason in kept if reason == "router logits"]
+    assert len(routers) == 3 * layers
+    assert set(routers) <= {"gate", "router"}
+    assert {name for name, _ in kept} - set(routers) <= set(HEADS)
+    assert report.fp4_share > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", MAIN)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_that_of_fp4_experts_by_hand(name: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere in the model sums come in another order, and what that carries across a rounding boundary may cross
+    more of them on its way down: 3% of a gradient were seen, where FP4 itself is 50%."""
     model = _model(name)
-    how = treatment(nearest(recipe))
+    got = _gradients(compiled(model, recipe))  # with the random bits of the recipe
+    _check(fp4compile.last_report(), model, MODELS[name][3])
+    assert all(grad.isfinite().all() and grad.any() for grad in got.values())
     got = _gradients(compiled(model, nearest(recipe)))
-    report = fp4compile.last_report()
-    assert not report.count("refused"), report.to_text()
+    usual = _gradients(model)
+    how = treatment(nearest(recipe))
     monkeypatch.setattr(moe, "_grouped_mm", lambda x, weight, offs: hand_grouped_mm(x, weight, offs, how))
     wanted = _gradients(by_hand(model, how))
     assert got.keys() == wanted.keys()
-    print({k: relative(got[k], wanted[k]) for k in got})
+    for tensor, value in got.items():
+        error = relative(value, wanted[tensor])
+        assert error < (SAME if "experts" in tensor else 0.25 * relative(usual[tensor], wanted[tensor])), tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MAIN)
+def test_bf16_experts_under_inductor(recipe: str) -> None:
+    """torch's own grouped GEMM, which transformers calls in bf16."""
+    model = _model("qwen3_moe").bfloat16()
+    got = _gradients(compiled(model, recipe, "auto"))
+    _check(fp4compile.last_report(), model, 2)
+    assert all(grad.isfinite().all() and grad.any() for grad in got.values())
