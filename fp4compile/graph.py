@@ -294,13 +294,13 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
     return sites
 
 
-def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: str) -> Site:
+def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: str, kind: str) -> Site:
     """A site whose A operand is `first`."""
     second = next(name for name in OPERANDS[role] if name != first)
     return Site(
         node,
         role,
-        op.kind,
+        kind,
         path,
         parameter,
         arguments={first: op.a, second: op.b},
@@ -316,7 +316,14 @@ def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
         return None
     first = "input" if weight is b else "weight"
     parameter = flow.weights[weight]
-    return _site(node, op, "forward", first, _path(node, parameter), parameter)
+    return _site(node, op, "forward", first, _path(node, parameter), parameter, _kind(op, weight))
+
+
+def _kind(op: GemmOp, weight: Node) -> str:
+    """A stack of matrices, one per expert, makes any GEMM a grouped one; a matrix that is repeated does not."""
+    value = weight.meta["val"]
+    stacked = value.dim() == 3 and value.shape[0] != 1 and value.stride(0) != 0 and dims(origin(weight)) > 2
+    return "grouped" if stacked else op.kind
 
 
 def _opaque_site(node: Node, flow: Flow) -> Site | None:
@@ -357,7 +364,7 @@ def _backward_site(
         parameter = flow.weights[weight]
         owners = [s for s in same_sequence if s.parameter == parameter] or by_parameter.get(parameter, [])
         path = owners[-1].path if owners else module_path(node)
-        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter)
+        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter, _kind(op, weight))
     grad, other = (a, b) if a in flow.backward else (b, a)
     source = origin(other)
     owners = [s for s in same_sequence if origin(s.operand("input")) is source]
@@ -366,7 +373,7 @@ def _backward_site(
     if other in flow.backward or not owners:
         return None
     owner = _same_shape(owners, node) or owners[-1]
-    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter)
+    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter, owner.kind)
 
 
 def _same_shape(owners: list[Site], node: Node) -> Site | None:

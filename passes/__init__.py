@@ -14,6 +14,7 @@ from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
 from fp4compile.passes.pad_groups import PadGroups
 from fp4compile.passes.pair import Pair
+from fp4compile.passes.regroup import Regroup
 from fp4compile.passes.rescale import Rescale
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
@@ -22,6 +23,7 @@ from fp4compile.passes.unwrap import Unwrap
 PIPELINE = (
     Unwrap(),
     Canonicalise(),  # before sites are looked for, so that few spellings of a GEMM need to be known
+    Regroup(),
     FindSites(),
     Annotate(),
     PadGroups(),  # after annotate, which says in what blocks; before insert_qdq, which quantises along the tokens
@@ -50,6 +52,7 @@ __all__ = [
     "Pack",
     "PadGroups",
     "Pair",
+    "Regroup",
     "Rescale",
     "Share",
     "Stabilise",

@@ -58,9 +58,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _gate(choose: Callable[[Tensor, Tensor], Tensor], recipe: object = "hif4-plain") -> set[tuple[str, str, str]]:
-    report = fp4compile.explain(
-        Routed(choose), randn(8, 64).requires_grad_(), recipe, train=True, backend="reference"
-    )
+    report = fp4compile.explain(Routed(choose), randn(8, 64).requires_grad_(), recipe, train=True, backend="reference")
     assert {s.status for s in report.sites if s.path == "proj"} == {"fp4"}
     return {(s.role, s.status, s.reason) for s in report.sites if s.path == "gate"}
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -120,7 +121,11 @@ def test_another_routing_makes_no_other_graph(recipe: str) -> None:
     x = randn(50, 64, dtype=torch.bfloat16)
     torch._dynamo.reset()
     counters.clear()
-    for ends in (ENDS, torch.tensor([0, 0, 0, 50], dtype=torch.int32), torch.tensor([10, 21, 50, 50], dtype=torch.int32)):
+    for ends in (
+        ENDS,
+        torch.tensor([0, 0, 0, 50], dtype=torch.int32),
+        torch.tensor([10, 21, 50, 50], dtype=torch.int32),
+    ):
         assert _step(fp4, x, ends).worst(_step(by_loop, x, ends)) == 0.0
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -213,6 +218,23 @@ def test_a_step_is_that_of_fp4_experts_by_hand(name: str, recipe: str, monkeypat
     for tensor, value in got.items():
         error = relative(value, wanted[tensor])
         assert error < (SAME if "experts" in tensor else 0.25 * relative(usual[tensor], wanted[tensor])), tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_batched_experts_are_grouped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a weight per token, with matrices on the left (Qwen) and on the right (gpt-oss)."""
+    model = _model(name, experts_implementation="batched_mm")
+    got = _gradients(compiled(model, "hif4"))
+    _check(fp4compile.last_report(), model, MODELS[name][3])
+    how = treatment(RECIPES.get("hif4"))
+    monkeypatch.setattr(moe, "_grouped_mm", lambda x, weight, offs: hand_grouped_mm(x, weight, offs, how))
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))  # the blocks of wgrad depend on the order
+    model.set_experts_implementation("grouped_mm")
+    wanted = _gradients(by_hand(model, how))
+    assert got.keys() == wanted.keys()
+    for tensor, value in got.items():
+        assert relative(value, wanted[tensor]) < SAME, tensor
 
 
 @pytest.mark.slow

@@ -71,9 +71,7 @@ def test_blocks_do_not_cross_groups() -> None:
     for tensor in others:
         if len(tensor) == 40:
             tensor[:3] = 1e4  # the tokens of another group
-    before, after = (
-        next(t for t in captured.execute(*given) if t.dim() == 3) for given in (inputs, others)
-    )
+    before, after = (next(t for t in captured.execute(*given) if t.dim() == 3) for given in (inputs, others))
     assert torch.equal(after[2], before[2])
     assert not torch.equal(after[0], before[0])
 

@@ -66,7 +66,9 @@ def test_the_sites_are_grouped_and_in_every_role() -> None:
 
 
 def test_other_ops_are_left() -> None:
-    captured = trace(lambda x, w: torch._grouped_mm(x, w, offs=None), randn(2, 4, 16).bfloat16(), randn(2, 16, 8).bfloat16())
+    captured = trace(
+        lambda x, w: torch._grouped_mm(x, w, offs=None), randn(2, 4, 16).bfloat16(), randn(2, 16, 8).bfloat16()
+    )
     before = captured.execute()
     assert captured.run("unwrap") == 0
     assert captured.run("canonicalise") == 1  # two stacks are batches
