@@ -208,6 +208,12 @@ class _HandLinear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if ctx.bias else None, None
 
 
+def hand_linear(x: Tensor, weight: Tensor, how: Treatment) -> Tensor:
+    """x weight^T in FP4, forward and backward."""
+    out: Tensor = _HandLinear.apply(x, weight, None, how)
+    return out
+
+
 class _Linear(nn.Linear):
     how: Treatment
 

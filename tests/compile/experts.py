@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fp4compile
 from fp4compile.hadamard import hadamard
 from fp4compile.recipe import OPERANDS, RECIPES, Operand, Recipe
-from tests.compile.common import Hand, Treatment, randn
+from tests.compile.common import Hand, Treatment, hand_linear, randn
 
 
 def nearest(name: str) -> Recipe:
@@ -123,3 +123,62 @@ class HandGrouped(Grouped):
 
     def mm(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return hand_grouped_mm(x, weight.mT, ends, self.how)
+
+
+class Loop(nn.Module):
+    """A router, and a loop over experts that each compute on the tokens they were given; the first gets none."""
+
+    def __init__(self, experts: int = 4, width: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, experts)
+        self.up = nn.Parameter(randn(experts, hidden, width, seed=1) / width**0.5)
+        self.down = nn.Parameter(randn(experts, width, hidden, seed=2) / hidden**0.5)
+        with torch.no_grad():
+            self.gate.bias[0] = -100.0
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for expert in range(self.up.shape[0]):
+            token, position = torch.where(chosen == expert)
+            h = self.linear(F.silu(self.linear(x[token], self.up[expert])), self.down[expert])
+            out = out.index_add(0, token, h * scores[token, position, None])
+        return out
+
+
+class HandLoop(Loop):
+    """The same with FP4 linear layers written by hand."""
+
+    how: Treatment
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return hand_linear(x, weight, self.how)
+
+
+class Batched(nn.Module):
+    """Every expert on all tokens, as batches of GEMMs, weighted by its score."""
+
+    def __init__(self, experts: int = 4, width: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.up = nn.Parameter(randn(experts, width, hidden, seed=1) / width**0.5)
+        self.down = nn.Parameter(randn(experts, hidden, width, seed=2) / hidden**0.5)
+
+    def mm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.repeat(len(self.up), 1, 1)
+        return self.mm(F.silu(self.mm(tokens, self.up)), self.down).sum(0)
+
+
+class HandBatched(Batched):
+    """The same with FP4 experts written by hand."""
+
+    how: Treatment
+
+    def mm(self, x: Tensor, weight: Tensor) -> Tensor:
+        ends = torch.arange(1, len(x) + 1) * x.shape[1]
+        return hand_grouped_mm(x.flatten(0, 1), weight, ends, self.how).view(*x.shape[:2], -1)

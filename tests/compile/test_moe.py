@@ -16,8 +16,18 @@ from transformers.integrations import moe
 import fp4compile
 from fp4compile.recipe import HEADS, RECIPES, Recipe
 from fp4compile.report import Report
-from tests.compile.common import Step, by_hand, compiled, randn, relative
-from tests.compile.experts import Grouped, HandGrouped, hand_grouped_mm, nearest, treatment
+from tests.compile.common import Step, build, by_hand, compiled, randn, relative, step
+from tests.compile.experts import (
+    Batched,
+    Grouped,
+    HandBatched,
+    HandGrouped,
+    HandLoop,
+    Loop,
+    hand_grouped_mm,
+    nearest,
+    treatment,
+)
 
 ROLES = {"forward", "dgrad", "wgrad"}
 MAIN = ("hif4", "mxfp4", "nvfp4")
@@ -130,6 +140,7 @@ def test_another_routing_makes_no_other_graph(recipe: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_another_number_of_tokens_makes_as_many_graphs_as_bf16() -> None:
     made = []
     for make in (lambda m: compiled(m, "nvfp4-plain"), lambda m: torch.compile(m, backend="aot_eager")):
@@ -144,6 +155,74 @@ def test_another_number_of_tokens_makes_as_many_graphs_as_bf16() -> None:
                 assert got.worst(_step(by_loop, x, ends)) == 0.0
         made.append(counters["stats"]["unique_graphs"])
     assert made[0] == made[1] == 2
+
+
+# --- other ways to write experts -------------------------------------------------------------------------------------
+
+
+def _pair(model: nn.Module, by_hand: type[nn.Module], recipe: str) -> tuple[nn.Module, Any]:
+    copied: Any = copy.deepcopy(model)
+    copied.__class__, copied.how = by_hand, treatment(RECIPES.get(recipe))
+    return model, copied
+
+
+@pytest.mark.parametrize("recipe", PLAIN)
+def test_batches_of_experts(recipe: str) -> None:
+    model, by_loop = _pair(Batched(), HandBatched, recipe)
+    got, wanted = step(compiled(model, recipe), randn(13, 64)), step(by_loop, randn(13, 64)).check()
+    assert got.worst(wanted) < SAME
+    sites = fp4compile.last_report().sites
+    assert {(s.parameter, s.role) for s in sites} == {(w, role) for w in ("up", "down") for role in ROLES}
+    assert all((s.kind, s.status) == ("grouped", "fp4") for s in sites)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PLAIN)
+def test_a_loop_over_experts_that_dynamo_captures(recipe: str) -> None:
+    """Numbers of tokens that depend on data, one of them zero, in one graph for every routing."""
+    model, by_loop = _pair(build(Loop), HandLoop, recipe)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fp4 = compiled(model, recipe)
+        for seed in (0, 1):
+            x = randn(50, 64, seed=seed)
+            assert step(fp4, x).worst(step(by_loop, x)) < SAME
+    assert counters["stats"]["unique_graphs"] == 1
+    sites = fp4compile.last_report().sites
+    assert {(s.status, s.role) for s in sites if s.parameter in ("up", "down")} == {("fp4", role) for role in ROLES}
+    assert {s.reason for s in sites if s.path == "gate"} == {"router logits"}
+
+
+def test_a_loop_over_experts_that_dynamo_leaves_to_python_is_reported() -> None:
+    report = fp4compile.explain(build(Loop), randn(50, 64), "hif4-plain", train=True)
+    found = {(s.parameter, s.kind, s.status) for s in report.sites}
+    assert found == {("up", "grouped", "refused"), ("down", "grouped", "refused"), ("gate.weight", "linear", "refused")}
+    assert "capture_dynamic_output_shape_ops = True" in report.notes[0]
+
+
+def test_modules_in_a_loop_are_found_through_the_graph_that_they_share() -> None:
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).tanh()
+
+    class Modules(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(Expert() for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, expert in enumerate(self.experts):
+                x = x + expert(x[torch.where(x[:, 0] > index)[0]]).sum(0)
+            return x
+
+    report = fp4compile.explain(Modules(), randn(50, 64), "hif4-plain", train=True)
+    assert {s.status for s in report.sites} == {"fp4"}
+    assert len(report.notes) == 1
 
 
 @pytest.mark.slow
