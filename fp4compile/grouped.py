@@ -62,7 +62,12 @@ def pad_groups_fake(tokens: Tensor, ends: Tensor, multiple: int) -> tuple[Tensor
 _TOKEN_AXES = {(2, 3): (0, None, 0), (3, 2): (None, 1, 1), (2, 2): (1, 0, None)}
 
 
-def _token_axes(a: Tensor, b: Tensor) -> tuple[int | None, int | None, int | None]:
+def token_axes(a: Tensor, b: Tensor) -> tuple[int | None, int | None, int | None]:
+    """The axes of A, B and the result of `grouped_mm` that run over the tokens of all groups; None: a matrix each.
+
+    Raises:
+        FP4ValueError: two stacks, or what is neither a matrix nor a stack.
+    """
     axes = _TOKEN_AXES.get((a.dim(), b.dim()))
     if axes is None:
         raise FP4ValueError(f"grouped_mm takes matrices and one stack of them, or two, not {a.dim()}-D and {b.dim()}-D")
@@ -93,7 +98,7 @@ def grouped_mm(
         ends: [G], where each group ends. What lies behind the last group is zero in the result.
         a_tensor_scale, b_tensor_scale: 0-d, one for all groups.
     """
-    a_axis, b_axis, out_axis = _token_axes(a, b)
+    a_axis, b_axis, out_axis = token_axes(a, b)
     dtype = torch.promote_types(a.dtype, torch.float32)
     left, right = a.to(dtype), b.to(dtype)
     out = left.new_zeros(_out_shape(a, b, ends))
@@ -117,5 +122,5 @@ def grouped_mm_fake(
     b_tensor_scale: Tensor | None = None,
 ) -> Tensor:
     """The shape rule of `grouped_mm`."""
-    _token_axes(a, b)
+    token_axes(a, b)
     return a.new_empty(_out_shape(a, b, ends))
