@@ -456,6 +456,7 @@ def _print_recipe(recipe: Recipe) -> None:
     console.print(_table(f"recipe {recipe.name}", columns, rows))
     kept = {
         "output heads": recipe.keep_heads,
+        "routers": recipe.keep_routers,
         f"the last {recipe.keep_last:.0%} of the blocks": recipe.keep_last,
         ", ".join(recipe.keep): recipe.keep,
     }

@@ -143,7 +143,7 @@ def test_one_recipe():
         ["wgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "16", "-"],
         ["wgrad", "*", "input", "nvfp4", "nearest", "nearest (default)", "16", "-"],
     ]
-    assert "kept in high precision: output heads; the last 15% of the blocks" in lines
+    assert "kept in high precision: output heads; routers; the last 15% of the blocks" in lines
 
 
 def test_operands_in_high_precision():

@@ -11,11 +11,14 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations import moe
 
 import fp4compile
+from fp4compile.ops import OPS
 from fp4compile.recipe import HEADS, RECIPES, Recipe
 from fp4compile.report import Report
+from tests.claims import Claims, everything, registered
 from tests.compile.common import Step, build, by_hand, compiled, randn, relative, step
 from tests.compile.experts import (
     Batched,
@@ -29,6 +32,8 @@ from tests.compile.experts import (
     treatment,
 )
 
+# transformers asks for the torch version through an lru_cache when its experts are bf16.
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 ROLES = {"forward", "dgrad", "wgrad"}
 MAIN = ("hif4", "mxfp4", "nvfp4")
 PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
@@ -100,18 +105,63 @@ def _experts(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> tuple[Group
     return model, by_loop
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", [*PLAIN, *MAIN])
-def test_grouped_experts_are_fp4_experts_in_a_loop(recipe: str) -> None:
-    """Bit for bit: the same values, in sums of the same order."""
+def test_grouped_experts_are_fp4_experts_in_a_loop(recipe: str, backend: str) -> None:
+    """Bit for bit: the same values, in sums of the same order; Inductor is told to round like eager."""
     model, by_loop = _experts(nearest(recipe))
     x = randn(50, 64, dtype=torch.bfloat16)
-    got = _step(compiled(model, nearest(recipe)), x)
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        got = _step(compiled(model, nearest(recipe), backend), x)
     wanted = _step(by_loop, x).check()
     assert got.worst(wanted) == 0.0
     assert min(_step(model, x).error(wanted).values()) > 0.1
     sites = fp4compile.last_report().sites
     assert {(s.parameter, s.role) for s in sites} == {(w, role) for w in ("w1", "w2", "w3") for role in ROLES}
     assert all((s.kind, s.status) == ("grouped", "fp4") for s in sites)
+
+
+class _Cast(Grouped):
+    """fp32 weights that experts use in bf16, as torchtitan does."""
+
+    def mm(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return super().mm(x.bfloat16(), weight.bfloat16(), ends)
+
+
+class _Checkpointed(Grouped):
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        out: Tensor = checkpoint(super().forward, x, ends, use_reentrant=False)
+        return out
+
+
+def test_fp32_weights_that_are_cast() -> None:
+    model, x = _Cast(), randn(50, 64)
+    got = _step(compiled(model, "hif4-plain"), x).tensors
+    halved, _ = _experts(RECIPES.get("hif4-plain"))
+    wanted = _step(compiled(halved, "hif4-plain"), x.bfloat16()).tensors
+    for name in ("output", "w1", "w2", "w3"):  # the input's two gradients are added in fp32 here, in bf16 there
+        assert got[name].dtype == (torch.bfloat16 if name == "output" else torch.float32)
+        assert torch.equal(got[name], wanted[name].to(got[name].dtype)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4"])
+def test_checkpointed_experts_are_rounded_with_the_same_bits(recipe: str) -> None:
+    model, x = _Checkpointed().bfloat16(), randn(50, 64, dtype=torch.bfloat16)
+    got = _step(compiled(model, recipe), x)
+    assert got.worst(_step(compiled(Grouped().bfloat16(), recipe), x)) == 0.0
+
+
+@pytest.mark.parametrize("recipe", MAIN)
+def test_kernels_of_a_device_change_nothing(recipe: str) -> None:
+    """Every pass that asks for kernels gets them: what each makes of stacks and of padded tokens has the same bits."""
+    model, _ = _experts(RECIPES.get(recipe))
+    x = randn(50, 64, dtype=torch.bfloat16)
+    wanted = _step(compiled(model, recipe), x)
+    torch._dynamo.reset()
+    with registered(Claims(**dict.fromkeys(OPS, everything))) as backend:
+        assert _step(compiled(model, recipe, backend), x).worst(wanted) == 0.0
+    assert all("claimed/" in s.kernel and s.status == "fp4" for s in fp4compile.last_report().sites)
 
 
 def test_what_lies_behind_the_last_expert_counts_for_nothing() -> None:
