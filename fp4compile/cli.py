@@ -282,7 +282,9 @@ def _to_convert(model: str) -> tuple[Any, Any]:
 # --- opt ----------------------------------------------------------------------------------------------------
 
 
-@command("fp4compile opt models.py:build --passes canonicalise,find_sites,annotate,insert_qdq --recipe mxfp4")
+@command(
+    "fp4compile opt models.py:build --passes canonicalise,find_sites,annotate,pad_groups,insert_qdq --recipe mxfp4"
+)
 def opt(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)] = None,
     passes: Annotated[
@@ -455,6 +457,7 @@ def _print_recipe(recipe: Recipe) -> None:
     console.print(_table(f"recipe {recipe.name}", columns, rows))
     kept = {
         "output heads": recipe.keep_heads,
+        "routers": recipe.keep_routers,
         f"the first {recipe.keep_first_n} blocks": recipe.keep_first_n,
         f"the last {recipe.keep_last:.0%} of the blocks": recipe.keep_last,
         f"the last {recipe.keep_last_n} blocks": recipe.keep_last_n,

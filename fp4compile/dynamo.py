@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -78,23 +79,36 @@ class Ledger:
             self._session, self._reports, self._breaks = session, [], self._latest
         self._reports.append(report)
         self._backend = backend
-        self._latest = Counter(counters["graph_break"])
+        self._latest = graph_breaks()
 
     def last(self) -> Report | None:
         """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
         report = merged(self._reports)
         if report and self._backend:
-            report.notes += graph_break_notes(Counter(counters["graph_break"]) - self._breaks)
+            report.notes += graph_break_notes(graph_breaks() - self._breaks)
             report.notes += self._backend.runtime_notes()
         return report
+
+
+def graph_breaks() -> Counter[str]:
+    """Dynamo's count of graph breaks by reason; with a break in a loop it leaves the function to Python as a whole."""
+    skipped = {reason: count for reason, count in counters["unimplemented"].items() if "graph break in loop" in reason}
+    return Counter(counters["graph_break"]) + Counter(skipped)
 
 
 def graph_break_notes(breaks: Counter[str]) -> list[str]:
     """What a report says of graph breaks."""
     return [
-        f"graph break ({count}x): {reason.splitlines()[0]}; linear layers outside the graphs run as they are"
+        f"graph break ({count}x): {reason.splitlines()[0]}; linear layers and experts outside the graphs run as they "
+        f"are{_hint(reason)}"
         for reason, count in breaks.items()
     ]
+
+
+def _hint(reason: str) -> str:
+    """What Dynamo advises, or nothing."""
+    found = re.search(r"^ *Hint: (.*)$", reason, re.MULTILINE)
+    return f" (hint: {found[1]})" if found else ""
 
 
 _LEDGER = Ledger()

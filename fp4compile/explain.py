@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from functorch.compile import default_partition, make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
+from torch.nn.modules.conv import _ConvNd
 
 from fp4compile.aot import decompositions
 from fp4compile.capture import Frame, frame, graph_parameters
-from fp4compile.dynamo import Options, device_type, graph_break_notes, make_context
+from fp4compile.dynamo import Options, device_type, graph_break_notes, graph_breaks, make_context
 from fp4compile.errors import FP4TypeError
 from fp4compile.pipeline import Context, Pass, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
@@ -27,6 +27,7 @@ from fp4compile.report import Report, SiteRecord, merged
 Observer = Callable[[Pass | None, Graph, Context], None]
 
 _LINEARS = ("Linear", "Conv1D")
+_OUTSIDE = "not captured: the model breaks the graph around it"
 
 
 @dataclass
@@ -38,10 +39,13 @@ class _Explainer:
     observe: Observer | None
     prefixes: dict[int, str]
     reports: list[Report] = field(default_factory=list)
+    # Parameters that graphs read, by the class that was traced: its instances share a graph.
+    read: set[tuple[type, str]] = field(default_factory=set)
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         where = frame(graph_module, example_inputs)
         context = make_context(self.options, where, device_type(example_inputs))
+        self.read |= {(type(where.root), name) for name in where.parameters.values()}
 
         def rewrite(captured: GraphModule) -> None:
             copied = copy_graph(captured)
@@ -81,6 +85,12 @@ class _Explainer:
                 for s in report.sites
             ]
         return report
+
+    def reads(self, model: nn.Module, name: str) -> bool:
+        """Whether a graph of the model, of a module in it or of another instance of its class reads a parameter."""
+        parts = name.split(".")
+        owners = ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
+        return any((type(model.get_submodule(path)), rest) in self.read for path, rest in owners)
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
@@ -125,7 +135,7 @@ def explain(
     names = {id(m): name for name, m in model.named_modules()} if isinstance(model, nn.Module) else {}
     explainer = _Explainer(options, pipeline, observe, names)
     args, kwargs = split_inputs(example_inputs)
-    breaks_before = Counter(counters["graph_break"])
+    breaks_before = graph_breaks()
     limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
     compiled = torch.compile(model, backend=explainer)
     with torch._dynamo.config.patch(limits), torch.random.fork_rng(), torch.set_grad_enabled(train):
@@ -135,7 +145,7 @@ def explain(
         context = make_context(options, Frame(), "cpu")
         report = context.report()
         report.graphs = 0
-    _note_what_is_missing(report, model, Counter(counters["graph_break"]) - breaks_before)
+    _note_what_is_missing(report, model, graph_breaks() - breaks_before, explainer)
     return report
 
 
@@ -150,20 +160,30 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise FP4TypeError(f"example_inputs must be a tuple, a mapping or a tensor, got {type(example_inputs).__name__}")
 
 
-def _note_what_is_missing(report: Report, model: Any, breaks: Counter[str]) -> None:
-    """Name graph breaks, and the linear modules that no graph holds."""
+def _note_what_is_missing(report: Report, model: Any, breaks: Counter[str], explainer: _Explainer) -> None:
+    """Name graph breaks, and the linear modules and experts that no graph holds."""
     report.notes += graph_break_notes(breaks)
     if not isinstance(model, nn.Module):
         return
     found = {(s.path, s.parameter) for s in report.sites}
     covered = {path for path, _ in found} | {name.rpartition(".")[0] for _, name in found}
-    for name, module in model.named_modules():
-        if type(module).__name__ not in _LINEARS or any(name == c or name.endswith(f".{c}") for c in covered if c):
+    for kind, path, parameter in _weights(model):
+        held = kind == "linear" and any(path == c or path.endswith(f".{c}") for c in covered if c)
+        if held or explainer.reads(model, parameter):
             continue
         if breaks:
-            reason = "not captured: the model breaks the graph around it"
-            report.sites.append(
-                SiteRecord(name, "forward", "linear", "refused", {"input": None, "weight": None}, "eager", reason)
-            )
+            formats: dict[str, str | None] = {"input": None, "weight": None}
+            report.sites.append(SiteRecord(path, "forward", kind, "refused", formats, "eager", _OUTSIDE, parameter))
         else:
-            report.notes.append(f"{name}: not called with these inputs")
+            report.notes.append(f"{path if kind == 'linear' else parameter}: not called with these inputs")
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Kind, module path and name of the weights that GEMMs read: of linear modules, and stacks of matrices."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if type(module).__name__ in _LINEARS:
+            yield "linear", path, f"{prefix}weight"
+        elif not isinstance(module, _ConvNd):
+            stacks = ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1)
+            yield from (("grouped", path, f"{prefix}{name}") for name, _ in stacks)

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fp4compile.errors import RewriteError
+from fp4compile.ops import OPS
 from fp4compile.recipe import OPERANDS, Operand, Role
 from fp4compile.report import Status
 
@@ -26,24 +27,34 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class GemmOp:
-    """Where a matmul op keeps its operands: argument positions of A and B and their contraction axes."""
+    """Where a matmul op keeps its operands: argument positions of A and B and their contraction axes.
+
+    Attributes:
+        bias: position of what is added to the product.
+        ends: position of the tensor that says where each group of tokens ends.
+        scaled: the op of ours that applies tensor scales to the same product.
+    """
 
     kind: str
     a: int
     b: int
-    a_axis: int
-    b_axis: int
+    a_axis: int = -1
+    b_axis: int = -2
+    bias: int | None = None
+    ends: int | None = None
+    scaled: str = "mm"
 
 
 # The canonical spellings; passes.canonicalise brings the others to one of them.
 GEMM_OPS: Mapping[Any, GemmOp] = {
-    aten.mm.default: GemmOp("linear", 0, 1, -1, -2),
-    aten.addmm.default: GemmOp("linear", 1, 2, -1, -2),
-    aten.bmm.default: GemmOp("linear", 0, 1, -1, -2),
-    aten._grouped_mm.default: GemmOp("grouped", 0, 1, -1, -2),
+    aten.mm.default: GemmOp("linear", 0, 1),
+    aten.addmm.default: GemmOp("linear", 1, 2, bias=0),
+    aten.bmm.default: GemmOp("linear", 0, 1),
+    aten._grouped_mm.default: GemmOp("grouped", 0, 1, ends=2, scaled="grouped_mm"),
+    OPS["grouped_mm"].overload: GemmOp("grouped", 0, 1, ends=2, scaled="grouped_mm"),
 }
 
-# Names of ops of other libraries that hide a GEMM (`transformers.grouped_mm_fallback`): found, so as to be reported.
+# Names of ops of other libraries that hide a GEMM (`somelib.grouped_mm`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
 
 # Ops that leave every element where it is in a contiguous tensor.
@@ -117,9 +128,20 @@ class Site:
         self.arguments = {name: b if position > first else a for name, position in self.arguments.items()}
 
     @property
+    def contracts_tokens_of_groups(self) -> bool:
+        """Whether the contraction runs over the tokens of each group, as that of a grouped wgrad does."""
+        op = GEMM_OPS.get(self.node.target)
+        return op is not None and op.ends is not None and all(dims(self.operand(n)) == 2 for n in self.arguments)
+
+    @property
     def where(self) -> str:
         """Role, module and source line, for messages."""
         return f"{self.role} GEMM of {self.path or '(root module)'!r} ({self.node.name}{source_line(self.node)})"
+
+
+def dims(node: Node) -> int:
+    """The number of dimensions of a tensor."""
+    return int(node.meta["val"].dim())
 
 
 def source_line(node: Node) -> str:
@@ -255,13 +277,13 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
     return sites
 
 
-def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: str) -> Site:
+def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: str, kind: str) -> Site:
     """A site whose A operand is `first`."""
     second = next(name for name in OPERANDS[role] if name != first)
     return Site(
         node,
         role,
-        op.kind,
+        kind,
         path,
         parameter,
         arguments={first: op.a, second: op.b},
@@ -277,7 +299,14 @@ def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
         return None
     first = "input" if weight is b else "weight"
     parameter = flow.weights[weight]
-    return _site(node, op, "forward", first, _path(node, parameter), parameter)
+    return _site(node, op, "forward", first, _path(node, parameter), parameter, _kind(op, weight))
+
+
+def _kind(op: GemmOp, weight: Node) -> str:
+    """A stack of matrices, one per expert, makes any GEMM a grouped one; a matrix that is repeated does not."""
+    value = weight.meta["val"]
+    stacked = value.dim() == 3 and value.shape[0] != 1 and value.stride(0) != 0 and dims(origin(weight)) > 2
+    return "grouped" if stacked else op.kind
 
 
 def _opaque_site(node: Node, flow: Flow) -> Site | None:
@@ -318,7 +347,7 @@ def _backward_site(
         parameter = flow.weights[weight]
         owners = [s for s in same_sequence if s.parameter == parameter] or by_parameter.get(parameter, [])
         path = owners[-1].path if owners else module_path(node)
-        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter)
+        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter, _kind(op, weight))
     grad, other = (a, b) if a in flow.backward else (b, a)
     source = origin(other)
     owners = [s for s in same_sequence if origin(s.operand("input")) is source]
@@ -327,7 +356,7 @@ def _backward_site(
     if other in flow.backward or not owners:
         return None
     owner = _same_shape(owners, node) or owners[-1]
-    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter)
+    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter, owner.kind)
 
 
 def forward_of(site: Site, sites: Iterable[Site]) -> Site | None:
@@ -370,8 +399,10 @@ def flops(site: Site) -> int:
         return 0
     a_name = min(site.arguments, key=lambda name: site.arguments[name])
     contraction = site.operand(a_name).meta["val"].shape[site.axes[a_name]]
+    # Each token of a grouped contraction belongs to one of the results.
+    sizes = out.shape[1:] if site.contracts_tokens_of_groups else out.shape
     total = 2
-    for size in (*out.shape, contraction):
+    for size in (*sizes, contraction):
         total *= size_hint(size)
     return total
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile import reference, samples
+from fp4compile import grouped, reference, samples
 from fp4compile.errors import FP4ValueError
 from fp4compile.hadamard import hadamard
 
@@ -128,6 +128,21 @@ _ROWS = (
         reference.mm,
         reference.mm_fake,
         samples.mm,
+    ),
+    Op(
+        # Where each group of rows ends is data: `ends` of [G].
+        "pad_groups",
+        "(Tensor tokens, Tensor ends, int multiple) -> (Tensor, Tensor)",
+        grouped.pad_groups,
+        grouped.pad_groups_fake,
+        samples.pad_groups,
+    ),
+    Op(
+        "grouped_mm",
+        "(Tensor a, Tensor b, Tensor ends, Tensor? a_tensor_scale=None, Tensor? b_tensor_scale=None) -> Tensor",
+        grouped.grouped_mm,
+        grouped.grouped_mm_fake,
+        samples.grouped_mm,
     ),
     Op(
         "quantize_rowwise",

@@ -34,6 +34,7 @@ class Context:
         recipe, backend, device, strict: what the user asked for.
         parameters: inputs of the graph that are parameters, with their names.
         embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
+        routers: names of parameters that choose experts: GEMMs with them give router logits.
         depths: number of blocks of each repeated block list, by its path ("model.layers" -> 32).
         inner: whether the compiled module is a block of a larger model, so that paths do not start at the model.
         sites: GEMMs, from `find_sites` on.
@@ -47,6 +48,7 @@ class Context:
     strict: bool = True
     parameters: dict[Node, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
+    routers: set[str] = field(default_factory=set)
     depths: dict[str, int] = field(default_factory=dict)
     inner: bool = False
     sites: list[Site] = field(default_factory=list)

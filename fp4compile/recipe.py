@@ -152,6 +152,7 @@ class Recipe:
         rules: the first match decides.
         keep: globs of module paths that stay in high precision, in one role where it stands first: `wgrad:layers.0.*`.
         keep_heads: keep output heads (`HEADS`, or tied to an embedding).
+        keep_routers: keep the linear layers that choose experts: top-k, sort or argmax of what they compute.
         keep_last: fraction of the repeated blocks (`layers.N`), counted from the end, that stays in high precision.
         keep_first_n, keep_last_n: how many of the first and of the last blocks stay in high precision.
         source: where the recipe comes from.
@@ -162,6 +163,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     keep: tuple[str, ...] = ()
     keep_heads: bool = True
+    keep_routers: bool = True
     keep_last: float = 0.0
     source: str = ""
     inferred: str = ""

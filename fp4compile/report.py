@@ -23,7 +23,7 @@ class SiteRecord:
     Attributes:
         path: module path, "" for the root module.
         role: "forward", "dgrad" or "wgrad".
-        kind: "linear" or "grouped".
+        kind: "linear", or "grouped": a weight per expert.
         status: "fp4", "kept" (the recipe keeps it) or "refused" (asked for and not possible: see `reason`).
         formats: format of each operand (`input`, `weight`, `grad`), None for one in high precision.
         kernel: what runs it.

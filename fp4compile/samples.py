@@ -188,6 +188,34 @@ def mm() -> Iterator[Mapping[str, Any]]:
             yield {"a": a_codes, "a_scales": a_scales, "a_format": name, **weight, "dtype": torch.bfloat16}
 
 
+def _ends() -> Iterator[Tensor]:
+    """Ends of groups of up to 40 rows: uneven, empty, none of a group, rows behind the last group; both dtypes."""
+    for ends in ((3, 3, 20, 40), (0, 0, 0), (40,), (0, 33), (17, 40, 40, 40, 40)):
+        yield torch.tensor(ends, dtype=torch.int32)
+    yield torch.tensor((8, 30), dtype=torch.int64)
+
+
+def pad_groups() -> Iterator[Mapping[str, Any]]:
+    """Samples of `pad_groups`."""
+    for ends in _ends():
+        for multiple in (1, 16, 64):
+            yield {"tokens": _tensor(40, 24, dtype=torch.bfloat16), "ends": ends, "multiple": multiple}
+            yield {"tokens": _tensor(9, 40).t(), "ends": ends, "multiple": multiple}
+    yield {"tokens": _tensor(0, 8), "ends": torch.zeros(2, dtype=torch.int32), "multiple": 32}
+
+
+def grouped_mm() -> Iterator[Mapping[str, Any]]:
+    """Samples of `grouped_mm`."""
+    for ends in _ends():
+        groups, scale = len(ends), torch.tensor(0.37)
+        for dtype in (torch.float32, torch.bfloat16):
+            tokens, weights = _tensor(40, 24, dtype=dtype), _tensor(groups, 16, 24, dtype=dtype, seed=1).mT
+            other = _tensor(40, 32, dtype=dtype, seed=2)
+            for a, b in ((tokens, weights), (weights.mT, tokens.t()), (tokens.t(), other)):
+                yield {"a": a, "b": b, "ends": ends}
+                yield {"a": a, "b": b, "ends": ends, "a_tensor_scale": scale, "b_tensor_scale": scale * 3}
+
+
 def _rowwise_formats() -> list[str]:
     return [name for name, fmt in FORMATS.items() if rowwise.refusal(fmt) is None]
 

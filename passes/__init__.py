@@ -12,16 +12,22 @@ from fp4compile.passes.fuse import Fuse
 from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
+from fp4compile.passes.pad_groups import PadGroups
 from fp4compile.passes.pair import Pair
 from fp4compile.passes.pull_back import PullBack
+from fp4compile.passes.regroup import Regroup
 from fp4compile.passes.rescale import Rescale
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
+from fp4compile.passes.unwrap import Unwrap
 
 PIPELINE = (
+    Unwrap(),
     Canonicalise(),  # before sites are looked for, so that few spellings of a GEMM need to be known
+    Regroup(),
     FindSites(),
     Annotate(),
+    PadGroups(),  # after annotate, which says in what blocks; before insert_qdq, which quantises along the tokens
     InsertQDQ(),  # from here on the graph is the specification of the numerics
     Stabilise(),
     PullBack(),  # before share: the forward's transforms still stand as its specs say
@@ -46,9 +52,12 @@ __all__ = [
     "InsertQDQ",
     "Legalise",
     "Pack",
+    "PadGroups",
     "Pair",
     "PullBack",
+    "Regroup",
     "Rescale",
     "Share",
     "Stabilise",
+    "Unwrap",
 ]

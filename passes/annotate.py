@@ -31,6 +31,10 @@ def _head(site: Site, context: Context) -> str | None:
     return "output head" if site.path.rpartition(".")[2] in HEADS else None
 
 
+def _router(site: Site, context: Context) -> str | None:
+    return "router logits" if context.recipe.keep_routers and site.parameter in context.routers else None
+
+
 def _glob(site: Site, context: Context) -> str | None:
     glob = context.recipe.kept_by(site.path, site.role) or context.recipe.kept_by(site.parameter, site.role)
     return f"keep={glob!r}" if glob else None
@@ -68,7 +72,7 @@ def _kept_blocks(recipe: Recipe) -> str:
     return " and ".join(part for part, applies in parts.items() if applies)
 
 
-_REASONS_TO_KEEP = (_head, _glob, _depth)
+_REASONS_TO_KEEP = (_head, _router, _glob, _depth)
 
 
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
@@ -92,10 +96,6 @@ def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) ->
             reason = _not_requantised(site, name, context)
             if reason:
                 return reason
-    if site.kind == "grouped" and any(spec and spec.scaled_per_tensor for spec in specs.values()):
-        return "no grouped GEMM applies a per-tensor scale to its accumulator"
-    if site.kind == "grouped" and site.role == "wgrad":
-        return "the contraction of a grouped wgrad runs over token groups, and blocks would cross them"
     return None
 
 

@@ -4,6 +4,7 @@
     addmm(b, x, w, beta, alpha)  ->  b * beta + mm(x, w) * alpha
     baddbmm(b, x, w)             ->  b + bmm(x, w)
     mv(w, x)                     ->  squeeze(mm(w, unsqueeze(x)))
+    _grouped_mm(x, w), 3-D both  ->  bmm(x, w)
     permute(permute(w))          ->  w, or one permute
     view(x), view(x)             ->  one view
 
@@ -20,7 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.backend import Answer, No, Yes
-from fp4compile.graph import MOVES
+from fp4compile.graph import MOVES, dims
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import Rule, apply, call, merge_equal, size_of
 
@@ -70,6 +71,11 @@ def _mv(graph: Graph, node: Node) -> Node:
     return call(graph, aten.squeeze.dim, (call(graph, aten.mm.default, (matrix, column), node), 1), node)
 
 
+def _of_stacks(node: Node) -> Answer:
+    stacks = all(dims(operand) == 3 for operand in cast(tuple[Node, Node], node.args[:2]))
+    return Yes() if stacks else No("the tokens of its groups lie in one matrix")
+
+
 def _of_permute(node: Node) -> Answer:
     inner = node.args[0]
     nested = isinstance(inner, Node) and inner.target is aten.permute.default
@@ -91,6 +97,7 @@ GEMM_RULES = (
     Rule("addmm", (aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
     Rule("baddbmm", (aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
     Rule("mv", (aten.mv.default,), _always, _mv),
+    Rule("stacks", (aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
 )
 MOVE_RULES = (Rule("permute", (aten.permute.default,), _of_permute, _permute),)
 

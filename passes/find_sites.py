@@ -10,11 +10,12 @@ from torch.fx import GraphModule
 
 from fp4compile.graph import find_sites, flops
 from fp4compile.pipeline import Context
+from fp4compile.routers import find_routers
 
 
 @dataclass(frozen=True)
 class FindSites:
-    """Fill `context.sites` and `context.embeddings`."""
+    """Fill `context.sites`, `context.embeddings` and `context.routers`."""
 
     name: ClassVar[str] = "find_sites"
     needs: ClassVar[tuple[str, ...]] = ("canonical",)
@@ -25,6 +26,7 @@ class FindSites:
         context.sites = find_sites(graph, context.parameters)
         for site in context.sites:
             site.flops = flops(site)
+        context.routers |= find_routers(context.sites)
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
             if node.args[0] in context.parameters:
                 context.embeddings.add(context.parameters[node.args[0]])

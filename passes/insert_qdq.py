@@ -8,7 +8,10 @@
 
 A per-tensor scale stays out of the operands, so that these are exact in bf16; it multiplies the fp32 accumulator:
 
-    mm(a, b)  ->  fp4compile.mm(a, b, a_tensor_scale=..., b_tensor_scale=...)
+    mm(a, b)                 ->  fp4compile.mm(a, b, a_tensor_scale=..., b_tensor_scale=...)
+    _grouped_mm(a, b, ends)  ->  fp4compile.grouped_mm(a, b, ends, a_tensor_scale=..., b_tensor_scale=...)
+
+The tokens of all experts have one scale, and so has a stack of weights.
 
 A backward operand that the recipe requantises is made from the dequantised form that the forward GEMM reads; the tensor
 scale which that leaves out goes to the accumulator as well.
@@ -74,15 +77,15 @@ def _qdq(graph: Graph, site: Site, name: str, spec: Operand, sites: Sequence[Sit
 
 
 def _scaled_gemm(graph: Graph, site: Site, scales: dict[str, Node | None]) -> None:
-    """Replace the GEMM by `fp4compile.mm`, which applies tensor scales to the accumulator."""
+    """Replace the GEMM by the op of ours that applies tensor scales to the accumulator."""
     node, op = site.node, GEMM_OPS[site.node.target]
     by_position = {site.arguments[name]: scale for name, scale in scales.items()}
     options: dict[str, Any] = {"a_tensor_scale": by_position.get(op.a), "b_tensor_scale": by_position.get(op.b)}
-    if node.target is aten.addmm.default:
-        options["bias"] = node.args[0]
+    if op.bias is not None:
+        options["bias"] = node.args[op.bias]
     options = {k: v for k, v in options.items() if v is not None}
-    gemm = call(graph, OPS["mm"].overload, (node.args[op.a], node.args[op.b]), node, **options)
-    site.replace(gemm)
+    operands = tuple(node.args[i] for i in (op.a, op.b, op.ends) if i is not None)
+    site.replace(call(graph, OPS[op.scaled].overload, operands, node, **options))
 
 
 def _is_quantised(operand: Node) -> bool:
@@ -108,7 +111,7 @@ class InsertQDQ:
     """Quantise and dequantise every operand that the recipe wants in FP4."""
 
     name: ClassVar[str] = "insert_qdq"
-    needs: ClassVar[tuple[str, ...]] = ("annotated",)
+    needs: ClassVar[tuple[str, ...]] = ("padded",)
     gives: ClassVar[tuple[str, ...]] = ("qdq",)
 
     def run(self, graph_module: GraphModule, context: Context) -> int:

@@ -144,7 +144,7 @@ def test_one_recipe():
         ["wgrad", "*", "grad", "nvfp4", "stochastic", "nearest (default)", "16, fixed signs", "-", "-"],
         ["wgrad", "*", "input", "nvfp4", "nearest", "nearest (default)", "16, fixed signs", "-", "-"],
     ]
-    assert "kept in high precision: output heads; the last 15% of the blocks" in lines
+    assert "kept in high precision: output heads; routers; the last 15% of the blocks" in lines
 
 
 def test_what_else_an_operand_gets(tmp_path):
@@ -323,9 +323,9 @@ def test_opt(model):
 
 
 def test_opt_with_passes(model):
-    passes = "canonicalise, find_sites,annotate,insert_qdq"
+    passes = "canonicalise, find_sites,annotate,pad_groups,insert_qdq"
     text = output("opt", model, "-p", passes, "-r", "mxfp4-w4a16", "--print-between")
-    names = ["canonicalise", "find_sites", "annotate", "insert_qdq"]
+    names = ["canonicalise", "find_sites", "annotate", "pad_groups", "insert_qdq"]
     assert headings(text) == ["# graph 1, captured", *(f"# graph 1, after {name}" for name in names)]
     assert "fp4compile.dequantize(" in text and "fake_quantize" not in text
 

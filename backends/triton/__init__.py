@@ -3,11 +3,12 @@
     torch.ops.fp4compile.fake_quantize(x.cuda(), "hif4", 0)  ->  supports? Yes  ->  codec.fake_quantize
 
 Kernels that quantise or decode are equal bit for bit to the reference, GEMMs up to the order of
-their fp32 sums.
+their fp32 sums, and grouped ones under tensor scales to one rounding more.
 
     X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
     arithmetic.py   what the kernels share; launch.py: what the launches share
-    gemm, native    GEMMs of cuBLAS; produce: producers as Triton functions; tune: measured cuts
+    gemm, native    GEMMs of cuBLAS; grouped: torch's GEMM of groups; produce: producers as Triton functions
+    tune            measured cuts
 
 Importing this package needs neither Triton nor a GPU: where one is missing, every kernel says so and the reference
 runs.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.backends.triton import codec, gemm, native, packed, produce, rowwise
+from fp4compile.backends.triton import codec, gemm, grouped, native, packed, produce, rowwise
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
 _MOST_REMEMBERED = 4096
@@ -174,6 +175,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
     _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel("torch/grouped_mm", "grouped_mm", grouped.grouped_mm, _on_one_gpu, grouped.operands),
     _kernel("triton/fake_quantize", "fake_quantize", codec.fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
     _kernel(
         "triton/fake_quantize_both", "fake_quantize_both", codec.fake_quantize_both,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fp4compile
 from fp4compile.hadamard import hadamard
+from fp4compile.recipe import HEADS
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -207,6 +208,12 @@ class _HandLinear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if ctx.bias else None, None
 
 
+def hand_linear(x: Tensor, weight: Tensor, how: Treatment) -> Tensor:
+    """x weight^T in FP4, forward and backward."""
+    out: Tensor = _HandLinear.apply(x, weight, None, how)
+    return out
+
+
 class _Linear(nn.Linear):
     how: Treatment
 
@@ -222,7 +229,7 @@ def by_hand(model: nn.Module, how: Treatment) -> nn.Module:
     """A copy whose linear layers, output heads aside, are FP4 autograd written by hand."""
     model = copy.deepcopy(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and name.rpartition(".")[2] != "head":
+        if type(module) is nn.Linear and name.rpartition(".")[2] not in HEADS:
             module.__class__ = _Linear
             module.how = how
     return model

@@ -1,0 +1,60 @@
+"""GEMMs of groups of tokens: torch's own grouped GEMM, then the tensor scales.
+
+    grouped_mm(a bf16, b bf16, ends, a_tensor_scale, b_tensor_scale)
+        ->  torch._grouped_mm(a, b, offs=ends) * (a_tensor_scale * b_tensor_scale)
+
+It reads the ends of the groups on the device from compute capability 9.0 on; on older devices torch reads them on the
+host. Its result is bf16, so that a tensor scale costs a second rounding: up to 2^-8 of a value beside the 2^-8 of the
+one that the op has. What lies behind the last group it leaves unwritten, where the op has zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile.grouped import token_axes
+
+_ALIGNED = 8  # elements of bf16 in the 16 bytes at multiples of which rows must start
+
+
+def operands(arguments: Mapping[str, Any]) -> str | None:
+    """Two bf16 operands whose rows, or columns, start at multiples of 16 bytes."""
+    for name in ("a", "b"):
+        x = arguments[name]
+        if x.dtype != torch.bfloat16:
+            return f"{name} is {x.dtype}, not bf16"
+        reason = _misaligned(x)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _misaligned(x: Tensor) -> str | None:
+    for inner, outer in ((-1, -2), (-2, -1)):
+        if x.stride(inner) == 1 and x.stride(outer) >= max(1, x.shape[inner]):
+            return None if x.stride(outer) % _ALIGNED == 0 else f"has rows {x.stride(outer)} elements apart, not 8 n"
+    return f"has strides {tuple(x.stride())}: neither its rows nor its columns are contiguous"
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    ends: Tensor,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """As `fp4compile.grouped.grouped_mm`, of bf16 operands."""
+    out = torch._grouped_mm(a, b, offs=ends.to(torch.int32))
+    scales = [scale for scale in (a_tensor_scale, b_tensor_scale) if scale is not None]
+    if scales:
+        out = (out.to(torch.float32) * math.prod(scales)).to(a.dtype)
+    axis = token_axes(a, b)[2]
+    if axis is None:
+        return out
+    behind = torch.arange(out.shape[axis], device=out.device) >= ends[-1]
+    return out.masked_fill_(behind.unsqueeze(1 - axis), 0)
