@@ -178,12 +178,6 @@ def test_the_schedule_warms_up_and_decays(pretrain: ModuleType) -> None:
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def test_smooth_and_spread(pretrain: ModuleType) -> None:
-    assert pretrain.smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
-    low, middle, high = pretrain.spread([1.0, 1.0, 5.0], 0.5)
-    assert middle - low == pytest.approx(0.5, abs=1e-6) and high == 5.0
-
-
 def test_table_figure_and_data(pretrain: ModuleType) -> None:
     arms, options = made_up(pretrain, ["hif4", "mxfp4"])
     console = Console(record=True, width=80)
