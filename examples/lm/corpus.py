@@ -177,7 +177,7 @@ def check_length(corpus: Corpus, sequence: int, batch: int, steps: int) -> None:
     if steps * batch > EPOCHS * windows:
         raise BadInput(
             f"the text ({corpus.source}) has {len(corpus.train):,} training tokens; {steps} steps of "
-            f"{batch} × {sequence} tokens read it {steps * batch / windows:.1f} times, and {EPOCHS} epochs are the most. "
+            f"{batch} × {sequence} tokens read it {steps * batch / windows:.1f} times, {EPOCHS} epochs are the most. "
             f"Use a larger text (--text, --max-mb) or at most {EPOCHS * windows // batch} --steps."
         )
 
