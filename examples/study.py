@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm.arms import MAIN, PLANS, check_widths, make_arm
+from lm.arms import MAIN, PLANS, Arm, check_widths, make_arm
 from lm.claims import read_study
 from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
@@ -37,7 +37,9 @@ from lm.report import all_claims, loss_table, markdown_table, write_report
 from lm.train import Settings, Trainer, describe, files_of_run, finished, make_deterministic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
+from fp4compile import Schedule
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.files import write_atomically
 
@@ -216,11 +218,18 @@ class Leave:
         return self.asked or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
-def train(options: argparse.Namespace, command: str, console: Console) -> int:
-    """Train the seeds of one arm that are not done yet."""
+def checked_arm(options: argparse.Namespace) -> Arm:
+    """The arm that a `train` command names, once its options are filled in and all that needs no text is checked."""
     arm = make_arm(options.arm, options.switch)
     fill_training(options)
     check_widths(options, [arm.recipe] if arm.recipe else [])
+    Schedule(nn.Identity(), arm.precisions, options.steps, options={"backend": options.backend})
+    return arm
+
+
+def train(options: argparse.Namespace, command: str, console: Console) -> int:
+    """Train the seeds of one arm that are not done yet."""
+    arm = checked_arm(options)
     check_folder(options.out)
     corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
     check_length(corpus, options.sequence, options.batch, options.steps)
@@ -277,11 +286,8 @@ def _flag(options: argparse.Namespace, name: str) -> list[str]:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Train every arm of a plan, each in a process of its own."""
     found = dict(children(options))
-    for arguments in found.values():  # all that can be wrong, before any work
-        child = parse_options(arguments)
-        arm = make_arm(child.arm, child.switch)
-        fill_training(child)
-        check_widths(child, [arm.recipe] if arm.recipe else [])
+    for arguments in found.values():
+        checked_arm(parse_options(arguments))
     check_folder(options.out)
     with console.status("reading and tokenising the text"):
         corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)

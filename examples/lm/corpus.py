@@ -182,6 +182,11 @@ def check_length(corpus: Corpus, sequence: int, batch: int, steps: int) -> None:
         )
 
 
+def mixed(seed: int, number: int) -> int:
+    """A seed for torch's generators from two numbers: 32 bits, because that is all that the CPU's reads."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "big")
+
+
 class Batches:
     """The training batches: windows of an epoch in an order of its own, a function of the seed and the step alone."""
 
@@ -191,7 +196,7 @@ class Batches:
         self._order = lru_cache(2)(self._make_order)
 
     def _make_order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         return torch.randperm(self.windows, generator=generator).to(self.tokens.device)
 
     def starts(self, step: int) -> Tensor:

@@ -24,7 +24,7 @@ import fp4compile
 from fp4compile import Schedule
 from fp4compile.files import write_atomically
 from lm.arms import Arm
-from lm.corpus import Batches, Corpus, windows_at
+from lm.corpus import Batches, Corpus, mixed, windows_at
 from lm.machine import BadInput, machine_name, synchronise
 from lm.model import Shape, learning_rate, make_model, make_optimizer
 
@@ -238,7 +238,7 @@ class _Run:
         settings, share = self.settings, self.settings.micro / self.settings.batch
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * learning_rate(step, settings.steps, FLOOR)
-        torch.manual_seed((self.seed << 32) + step)
+        torch.manual_seed(mixed(self.seed, step))
         compiled = self.trainer.schedule.at(step)
         losses = []
         for window in self.batches.at(step).split(settings.micro):
