@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from lm.claims import read_study
 from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
 from lm.model import Shape
-from lm.probe import load_checkpoint, measure
+from lm.probe import Probe, load_checkpoint
 from lm.report import all_claims, loss_table, markdown_table, write_report
 from lm.train import Settings, Trainer, describe, files_of_run, finished, make_deterministic
 from rich.console import Console
@@ -50,6 +52,7 @@ MODELS: dict[str, dict[str, int]] = {
     "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
 }
 UNFINISHED = 3  # exit status of a command that saved and left
+WORDS = {0: "done", UNFINISHED: "not finished"}
 _LINE = "step {}/{} loss {:.4f}"  # what a child tells the command that watches it
 
 
@@ -89,7 +92,6 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     for name in ("layers", "dim", "heads", "ff"):
         add(f"--{name}", type=count, default=None, help="of the model; by default as --model says")
     add("--sequence", type=count, default=512, help="tokens of a window (%(default)s)")
-    add("--batch", type=count, default=128, help="windows of a step (%(default)s)")
     add("--lr", type=number, default=1e-3, help="peak learning rate (%(default)s)")
     add("--save-every", type=count, default=250, help="steps between two checkpoints (%(default)s)")
     add("--minutes", type=number, default=None, help="save and leave after so long; the same command goes on")
@@ -108,15 +110,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, batches and stochastic rounding")
     train.add_argument("--model", choices=MODELS, default="dense")
     train.add_argument("--steps", type=positive(int), default=3000, help="optimiser steps (%(default)s)")
+    train.add_argument("--batch", type=positive(int), default=128, help="windows of a step (%(default)s)")
     _training_options(train)
 
     run = verbs.add_parser("run", help="every arm of a plan that is not done yet", allow_abbrev=False)
-    plans = "; ".join(f"{name}: {plan.about}, {plan.steps} steps" for name, plan in PLANS.items())
+    plans = "; ".join(
+        f"{name}: {plan.about}, {plan.steps} steps of {plan.batch} windows" for name, plan in PLANS.items()
+    )
     run.add_argument("--plan", choices=PLANS, default="quick", help=plans)
     run.add_argument("--arms", nargs="+", default=None, help="these arms only, of the plan or not")
     run.add_argument("--seeds", type=int, nargs="+", default=None, help="these seeds instead of the plan's")
     run.add_argument("--models", nargs="+", choices=MODELS, default=None, help="these models of the plan only")
-    run.add_argument("--steps", type=positive(int), default=None, help="optimiser steps; by default the plan's")
+    run.add_argument("--steps", type=positive(int), default=None, help="optimiser steps instead of the plan's")
+    run.add_argument("--batch", type=positive(int), default=None, help="windows of a step instead of the plan's")
     run.add_argument("--jobs", type=positive(int), default=1, help="arms that are trained at a time (%(default)s)")
     _training_options(run)
 
@@ -214,6 +220,11 @@ class Leave:
     def _ask(self, *_: object) -> None:
         self.asked = True
 
+    @property
+    def minutes_left(self) -> float:
+        """Until the deadline, if there is one."""
+        return math.inf if self.deadline is None else max(0.01, (self.deadline - time.monotonic()) / 60)
+
     def __call__(self, step: int) -> bool:
         return self.asked or (self.deadline is not None and time.monotonic() > self.deadline)
 
@@ -265,10 +276,10 @@ def train(options: argparse.Namespace, command: str, console: Console) -> int:
 def children(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each `train` command of a plan."""
     plan = PLANS[options.plan]
-    shared = ["--steps", str(options.steps or plan.steps), "--out", str(options.out)]
-    for name in ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro", "minutes"):
+    shared = ["--steps", str(options.steps), "--batch", str(options.batch), "--out", str(options.out)]
+    for name in ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro"):
         shared += _flag(options, name)
-    for name in ("layers", "dim", "heads", "ff", "sequence", "batch", "lr", "save_every"):
+    for name in ("layers", "dim", "heads", "ff", "sequence", "lr", "save_every"):
         shared += _flag(options, name)
     shared += ["--allow-fallback"] * options.allow_fallback + ["--no-deterministic"] * (not options.deterministic)
     for part in plan.parts:
@@ -285,13 +296,15 @@ def _flag(options: argparse.Namespace, name: str) -> list[str]:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Train every arm of a plan, each in a process of its own."""
+    plan = PLANS[options.plan]
+    options.steps, options.batch = options.steps or plan.steps, options.batch or plan.batch
     found = dict(children(options))
     for arguments in found.values():
         checked_arm(parse_options(arguments))
     check_folder(options.out)
     with console.status("reading and tokenising the text"):
         corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
-    check_length(corpus, options.sequence, options.batch, options.steps or PLANS[options.plan].steps)
+    check_length(corpus, options.sequence, options.batch, options.steps)
     console.print(
         f"{corpus.source}: {len(corpus.train) / 1e6:.1f} M training tokens, {corpus.bytes_per_token:.2f} bytes each",
         highlight=False,
@@ -302,13 +315,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
         def one(name: str) -> int:
             if ended(0):
                 return UNFINISHED
-            return watch(name, found[name], options.out, lambda **update: progress.update(tasks[name], **update), ended)
+            left = ["--minutes", str(ended.minutes_left)] if options.minutes else []
+            started = time.monotonic()
+            status = watch(name, found[name] + left, options.out, partial(progress.update, tasks[name]), ended)
+            word = WORDS.get(status, "failed")
+            progress.update(tasks[name], note=word)
+            if not console.is_terminal:
+                console.print(f"{name}: {word} in {time.monotonic() - started:.0f} s", highlight=False)
+            return status
 
         statuses = dict(zip(found, pool.map(one, found), strict=True))
     for name, status in statuses.items():
-        if status:
-            word = "not finished" if status == UNFINISHED else f"failed, see {options.out / log_name(name)}"
-            console.print(f"{name}: {word}", highlight=False, soft_wrap=True)
+        if status not in WORDS:
+            console.print(f"{name} failed: see {options.out / log_name(name)}", highlight=False, soft_wrap=True)
     console.print(f"{sum(not s for s in statuses.values())} of {len(statuses)} arms are done", highlight=False)
     return max(statuses.values())
 
@@ -332,9 +351,7 @@ def watch(name: str, arguments: list[str], out: Path, update: Any, ended: Leave)
                 match = re.match(r"step (\d+)/(\d+) loss (\S+)", line)
                 if match:
                     update(completed=int(match[1]), total=int(match[2]), note=f"loss {match[3]}")
-        status = child.wait()
-    update(note="done" if not status else "not finished" if status == UNFINISHED else "failed")
-    return status
+        return child.wait()
 
 
 def _pass_on(child: subprocess.Popen[str], ended: Leave) -> None:
@@ -359,12 +376,13 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
     if not paths:
         raise BadInput(f"--out {options.out}: no checkpoint of a bf16 arm there; train one, or name it by --checkpoint")
     check_folder(options.out)
+    loaded = {path: load_checkpoint(path) for path in paths}
     if options.deterministic:
         make_deterministic()
-    for path in paths:
-        model, trained, seed = load_checkpoint(path)
-        corpus = load_corpus(options.text, options.max_mb, trained["shape"]["vocabulary"], options.out)
-        if corpus.digest != trained["corpus"]:
+    probes: dict[str, Probe] = {}
+    for path, (state, trained, seed) in loaded.items():
+        corpus = load_corpus(options.text, options.max_mb, trained.shape.vocabulary, options.out)
+        if corpus.digest != trained.corpus:
             raise BadInput(f"{path} was trained on another text; give the --text, --max-mb and --out of its training")
         settings = probe_settings(options, trained)
         with bars(console) as progress:
@@ -373,7 +391,10 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
             def advance(name: str, done: int, tasks: dict[str, Any] = tasks) -> None:
                 progress.update(tasks[name], completed=done)
 
-            found = measure(model, arms, corpus, settings, options.batches, advance)
+            key = settings.to_json()  # checkpoints of one model share its graphs
+            if key not in probes:
+                probes[key] = Probe(arms, corpus, settings, options.batches)
+            found = probes[key].measure(state, advance)
         result = {"kind": "probe", "model": settings.model, "seed": seed, **describe(settings, corpus, command)}
         result |= {"arms": found}
         name = f"probe-{settings.model}-s{seed}.json"
@@ -382,12 +403,11 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
     return 0
 
 
-def probe_settings(options: argparse.Namespace, trained: dict[str, Any]) -> Settings:
+def probe_settings(options: argparse.Namespace, trained: Settings) -> Settings:
     """The settings of the training, on this device and with these options of compilation."""
-    settings = replace(Settings(**trained), shape=Shape(**trained["shape"]))
     return replace(
-        settings,
-        micro=options.micro or min(settings.batch, 16),
+        trained,
+        micro=options.micro or min(trained.batch, 16),
         dtype=options.dtype,
         device=options.device,
         backend=options.backend,

@@ -134,12 +134,13 @@ class Plan:
     """What `study.py run` trains.
 
     Attributes:
-        steps: length of every run, where --steps does not say otherwise.
+        steps, batch: optimiser steps of every run and windows of a step, where the options do not say otherwise.
         parts: in the order in which they are trained.
     """
 
     about: str
     steps: int
+    batch: int
     parts: tuple[Part, ...]
 
 
@@ -152,10 +153,11 @@ ABLATIONS = (
     "hif4@0.9",
 )
 PLANS: Mapping[str, Plan] = {
-    "quick": Plan("four seeds of short runs of the dense model", 300, (Part("dense", (*MAIN, "hif4-plain"), FOUR),)),
+    "quick": Plan("four seeds of short runs, dense", 1000, 32, (Part("dense", (*MAIN, "hif4-plain"), FOUR),)),
     "full": Plan(
         "four seeds of the recipes, dense and MoE, and two of the ablations",
         3000,
+        128,
         (Part("dense", MAIN, FOUR), Part("moe", MAIN, FOUR), Part("dense", ABLATIONS, (0, 1))),
     ),
 }

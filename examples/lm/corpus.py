@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,12 +124,11 @@ def train_tokenizer(documents: Sequence[bytes], vocabulary: int) -> Tokenizer:
 
 def tokenise(tokenizer: Tokenizer, documents: Sequence[bytes]) -> Tensor:
     """All files as one row of tokens [n], int32, each behind an END."""
-    end, rows, texts = tokenizer.token_to_id(END), [], []
+    end, tokens, texts = tokenizer.token_to_id(END), array("i"), []
 
     def flush() -> None:
-        # An empty piece stands for the beginning of a file.
-        ids = [encoded.ids or [end] for encoded in tokenizer.encode_batch_fast(texts)]
-        rows.append(torch.tensor([token for row in ids for token in row], dtype=torch.int32))
+        for encoded in tokenizer.encode_batch_fast(texts):
+            tokens.extend(encoded.ids or [end])  # an empty piece stands for the beginning of a file
         texts.clear()
 
     for document in documents:
@@ -137,7 +137,7 @@ def tokenise(tokenizer: Tokenizer, documents: Sequence[bytes]) -> Tensor:
             if len(texts) == _BATCH:
                 flush()
     flush()
-    return torch.cat(rows)
+    return torch.frombuffer(tokens, dtype=torch.int32)
 
 
 def load_corpus(text: Path | None, max_mb: float, vocabulary: int, folder: Path) -> Corpus:

@@ -17,7 +17,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-import fp4compile
 from fp4compile import Schedule
 from lm.arms import Arm
 from lm.corpus import Corpus, windows_at
@@ -47,8 +46,8 @@ def tapped(model: Llama, batch: int, sequence: int) -> Llama:
     return model
 
 
-def load_checkpoint(path: Path) -> tuple[Llama, dict[str, Any], int]:
-    """The model that a BF16 arm left behind, the settings that it was trained with, and its seed."""
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, int]:
+    """The weights that a BF16 arm left behind, the settings that it was trained with, and its seed."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -58,9 +57,7 @@ def load_checkpoint(path: Path) -> tuple[Llama, dict[str, Any], int]:
     if not {"settings", "seed"} <= about.keys():
         raise BadInput(f"--checkpoint {path}: not the weights of a bf16 arm of this study")
     settings = json.loads(about["settings"])
-    model = make_model(Shape(**settings["shape"]), 0)
-    model.load_state_dict(state)
-    return model, settings, int(about["seed"])
+    return state, Settings(**settings | {"shape": Shape(**settings["shape"])}), int(about["seed"])
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -88,44 +85,48 @@ def place(name: str) -> str | None:
     return name if name.endswith("_proj") else None
 
 
-def measure(
-    model: Llama,
-    arms: Sequence[Arm],
-    corpus: Corpus,
-    settings: Settings,
-    batches: int,
-    advance: Callable[[str, int], None],
-) -> dict[str, Any]:
-    """Arm -> its losses and BF16's, and the cosine of every place, of each batch of the held-out text."""
-    device, sequence = torch.device(settings.device), settings.shape.sequence
-    model = tapped(model, settings.micro, sequence).to(device)
-    tokens = corpus.held_out.to(device)
-    starts = torch.linspace(0, len(tokens) - sequence - 1, batches * settings.micro).long().to(device)
-    options = compile_options(settings)
+class Probe:
+    """Recipes compiled over one model, to be measured at the weights of any checkpoint of its shape."""
 
-    def compiled(arm: Arm) -> Callable[..., Tensor]:
-        return Schedule(model, arm.precisions, 1, options=options, fullgraph=True, dynamic=False).at(0)
+    def __init__(self, arms: Sequence[Arm], corpus: Corpus, settings: Settings, batches: int) -> None:
+        """Windows of a batch lie far apart in the held-out text, so that batches are alike."""
+        self.arms, self.settings = arms, settings
+        device, sequence = torch.device(settings.device), settings.shape.sequence
+        self.model = tapped(make_model(settings.shape, 0), settings.micro, sequence).to(device)
+        tokens = corpus.held_out.to(device)
+        starts = torch.linspace(0, len(tokens) - sequence - 1, batches * settings.micro).long().to(device)
+        self.windows = [windows_at(tokens, part, sequence) for part in starts.view(settings.micro, batches).t()]
+        self.reference = self._compiled(Arm("bf16", None))
+        self.subjects = [self._compiled(arm) for arm in arms]
 
-    reference = compiled(Arm("bf16", None))
-    found: dict[str, Any] = {}
-    # Arms are graphs of one function: more of them than Dynamo keeps of a function that recompiles.
-    with torch._dynamo.config.patch(recompile_limit=len(arms) + 8):
-        for arm in arms:
-            subject = compiled(arm)
-            rows: dict[str, Any] = {"bf16_losses": [], "losses": [], "cosines": defaultdict(list)}
-            # Windows of a batch lie far apart, so that batches are alike.
-            for index, part in enumerate(starts.view(settings.micro, batches).t()):
-                window = windows_at(tokens, part, sequence)
-                base_loss, base = gradients(reference, model, window, settings, index)
-                loss, ours = gradients(subject, model, window, settings, index)
-                rows["bf16_losses"].append(base_loss)
-                rows["losses"].append(loss)
-                for name, value in _cosines(base, ours).items():
-                    rows["cosines"][name].append(value)
-                advance(arm.name, index + 1)
-            report = fp4compile.last_report()
-            found[arm.name] = rows | {"fp4_share": report.fp4_share if report and arm.recipe else 0.0}
-    return found
+    def _compiled(self, arm: Arm) -> Callable[..., Tensor]:
+        options = compile_options(self.settings)
+        return Schedule(self.model, arm.precisions, 1, options=options, fullgraph=True, dynamic=False).at(0)
+
+    def measure(self, state: Mapping[str, Tensor], advance: Callable[[str, int], None]) -> dict[str, Any]:
+        """Arm -> its losses and BF16's, and the cosine of every place, of each batch; `state` is a checkpoint's."""
+        ours = {name: value for name, value in self.model.named_parameters() if not name.endswith(".tap")}
+        with torch.no_grad():
+            for name, value in ours.items():
+                value.copy_(state[name.replace(".block.", ".")])
+        # Arms are graphs of one function: more of them than Dynamo keeps of a function that recompiles.
+        with torch._dynamo.config.patch(recompile_limit=len(self.arms) + 8):
+            return {
+                arm.name: self._measure(arm, subject, advance)
+                for arm, subject in zip(self.arms, self.subjects, strict=True)
+            }
+
+    def _measure(self, arm: Arm, subject: Callable[..., Tensor], advance: Callable[[str, int], None]) -> dict[str, Any]:
+        rows: dict[str, Any] = {"bf16_losses": [], "losses": [], "cosines": defaultdict(list)}
+        for index, window in enumerate(self.windows):
+            base_loss, base = gradients(self.reference, self.model, window, self.settings, index)
+            loss, ours = gradients(subject, self.model, window, self.settings, index)
+            rows["bf16_losses"].append(base_loss)
+            rows["losses"].append(loss)
+            for name, value in _cosines(base, ours).items():
+                rows["cosines"][name].append(value)
+            advance(arm.name, index + 1)
+        return rows
 
 
 def _cosines(base: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fp4compile.files import write_atomically
 from lm.arms import LABELS, label
@@ -160,13 +161,20 @@ def role_table(study: Study, model: str) -> Table:
     return rows
 
 
+def coloured(arms: Iterable[str]) -> list[tuple[str, str]]:
+    """Arms with their colours: BF16 and the three recipes have theirs in every figure."""
+    others = cycle(COLOURS[len(LABELS) :])
+    own = dict(zip(LABELS, COLOURS, strict=False))
+    return [(arm, own[arm] if arm in own else next(others)) for arm in arms]
+
+
 def depth_figure(study: Study, model: str) -> bytes:
     """Cosine over the depth of the model: weight gradients left, gradients of the blocks' inputs right."""
     results = study.probes[model]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         panels = figure.subplots(1, 2)
-        for arm, colour in zip(_probed(results), cycle(COLOURS[1:]), strict=False):
+        for arm, colour in coloured(_probed(results)):
             weights: dict[int, list[float]] = {}
             inputs: dict[int, list[float]] = {}
             for name, value in place_means(results, arm).items():
@@ -179,6 +187,7 @@ def depth_figure(study: Study, model: str) -> bytes:
         for axes, title in zip(panels, ("weights, mean over a block", "block input"), strict=True):
             axes.set_title(f"Cosine of the gradient to BF16's: {title}", loc="left", fontsize=11)
             axes.set_xlabel("block")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y", color="#E5E5E5", lw=0.8)
         panels[0].legend(frameon=False)
     return png(figure)
@@ -191,7 +200,7 @@ def curves_figure(study: Study, model: str) -> bytes:
     if not seeds:  # each on its own
         seeds = set.union(*(set(study.runs[model, arm]) for arm in arms))
     curves = []
-    for arm, colour in zip(arms, cycle(COLOURS), strict=False):
+    for arm, colour in coloured(arms):
         runs = [run["losses"] for seed, run in study.runs[model, arm].items() if seed in seeds]
         rows = zip(*runs, strict=False)  # until the first seed diverged
         means = [statistics.fmean(row) for row in rows if None not in row]

@@ -394,12 +394,13 @@ def test_bad_input_is_refused_before_any_work(
 
 
 def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
-    options = study.parse_options(["run", "--plan", "full", "--models", "moe", "--seeds", "7", "--micro", "32"])
+    sizes = ["--steps", "9", "--batch", "64", "--micro", "32"]
+    options = study.parse_options(["run", "--plan", "full", "--models", "moe", "--seeds", "7", *sizes])
     found = dict(study.children(options))
     assert list(found) == ["moe bf16", "moe hif4", "moe mxfp4", "moe nvfp4"]
     child = study.parse_options(found["moe hif4"])
-    assert (child.verb, child.model, child.arm, child.seed, child.steps) == ("train", "moe", "hif4", [7], 3000)
-    for name in ("micro", "batch", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
+    assert (child.verb, child.model, child.arm, child.seed) == ("train", "moe", "hif4", [7])
+    for name in ("micro", "batch", "steps", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
         assert getattr(child, name) == getattr(options, name)
 
 
