@@ -315,7 +315,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         def one(name: str) -> int:
             if ended(0):
                 return UNFINISHED
-            left = ["--minutes", str(ended.minutes_left)] if options.minutes else []
+            left = ["--minutes", f"{ended.minutes_left:.2f}"] if options.minutes else []
             started = time.monotonic()
             status = watch(name, found[name] + left, options.out, partial(progress.update, tasks[name]), ended)
             word = WORDS.get(status, "failed")

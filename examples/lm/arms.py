@@ -9,6 +9,7 @@ hif4@0.9                a recipe, then BF16 from 90% of the steps on
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,8 +40,7 @@ def hadamard_size(format: str) -> int:
 
 def label(arm: str) -> str:
     """How tables and figures call an arm."""
-    base, *rest = arm.split("-", 1)
-    return "-".join([LABELS.get(base, base), *rest])
+    return re.sub(r"^\w+", lambda base: LABELS.get(base[0], base[0]), arm)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def loss_table(study: Study, model: str) -> Table:
                 "–" if base else with_spread(study.errors(model, arm)),
                 _loss(map(held_out_loss, runs)),
                 "–" if base else with_spread(study.errors(model, arm, held_out_loss)),
-                f"{report['fp4_share']:.1%}" if report else "–",
+                f"{report['fp4_share'] * (runs[0]['switch'] or 1):.1%}" if report else "–",
                 f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}",
             ]
         )

@@ -234,6 +234,7 @@ def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) 
         "text": {"source": "<made up>", "train_tokens": 10**6, "held_out_tokens": 10**4, "bytes_per_token": 3.0},
         "machine": {"device": "none", "torch": "2"},
         "report": None if arm == "bf16" else {"fp4_share": 0.9},
+        "switch": 0.9 if arm.endswith("@0.9") else None,
         "tokens_per_second": 1000.0,
         "diverged": False,
         "held_out_loss": loss + 0.1,
@@ -351,6 +352,8 @@ def test_the_report(tmp_path: Path) -> None:
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
     assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
+    shares = {row[0]: row[6] for row in report.loss_table(made, "dense")}
+    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "81.0%")
     assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
 
 
