@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -46,7 +46,7 @@ from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.files import write_atomically
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# Model -> sizes that --layers and the like may change. Two experts of 512 do the work of one block of 1024.
+# Model -> sizes that --layers and the like may change. The two experts of a token do the work of one block of 1024.
 MODELS: dict[str, dict[str, int]] = {
     "dense": {"layers": 6, "dim": 384, "heads": 6, "ff": 1024, "experts": 0},
     "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
@@ -273,8 +273,8 @@ def train(options: argparse.Namespace, command: str, console: Console) -> int:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
-def children(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Name and arguments of each `train` command of a plan."""
+def children(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name and arguments of each `train` command of a plan; an arm of two parts has the seeds of the first."""
     plan = PLANS[options.plan]
     shared = ["--steps", str(options.steps), "--batch", str(options.batch), "--out", str(options.out)]
     for name in ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro"):
@@ -282,11 +282,14 @@ def children(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     for name in ("layers", "dim", "heads", "ff", "sequence", "lr", "save_every"):
         shared += _flag(options, name)
     shared += ["--allow-fallback"] * options.allow_fallback + ["--no-deterministic"] * (not options.deterministic)
+    found: dict[str, list[str]] = {}
     for part in plan.parts:
         if options.models is None or part.model in options.models:
             for arm in options.arms or part.arms:
                 seeds = map(str, options.seeds or part.seeds)
-                yield f"{part.model} {arm}", ["train", "--model", part.model, "--arm", arm, "--seed", *seeds, *shared]
+                what = ["train", "--model", part.model, "--arm", arm, "--seed", *seeds]
+                found.setdefault(f"{part.model} {arm}", [*what, *shared])
+    return found
 
 
 def _flag(options: argparse.Namespace, name: str) -> list[str]:
@@ -298,7 +301,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Train every arm of a plan, each in a process of its own."""
     plan = PLANS[options.plan]
     options.steps, options.batch = options.steps or plan.steps, options.batch or plan.batch
-    found = dict(children(options))
+    found = children(options)
     for arguments in found.values():
         checked_arm(parse_options(arguments))
     check_folder(options.out)
@@ -329,7 +332,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if status not in WORDS:
             console.print(f"{name} failed: see {options.out / log_name(name)}", highlight=False, soft_wrap=True)
     console.print(f"{sum(not s for s in statuses.values())} of {len(statuses)} arms are done", highlight=False)
-    return max(statuses.values())
+    return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
 
 
 def log_name(name: str) -> str:
@@ -367,7 +370,7 @@ def _pass_on(child: subprocess.Popen[str], ended: Leave) -> None:
 
 
 def probe(options: argparse.Namespace, command: str, console: Console) -> int:
-    """Measure every checkpoint that is not measured yet."""
+    """Measure BF16 checkpoints in each recipe."""
     arms = [make_arm(name) for name in options.arms]
     if any(arm.recipe is None or arm.switch is not None for arm in arms):
         raise BadInput("the probe compares recipes with BF16: --arms takes neither bf16 nor a switch")

@@ -41,7 +41,8 @@ RULE = (
     "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same initial weights, same batches), training loss as the mean of "
     f"the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
     f"{SEEDS} seeds on and where the mean paired difference exceeds {TIMES:g} times its spread; everything else is "
-    "unresolved at this scale."
+    "unresolved at this scale. The values are those of the formats bit for bit; on hardware without FP4 units they are "
+    "multiplied in wider types, so tokens/s say nothing of hardware that has them."
 )
 
 

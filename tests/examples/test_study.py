@@ -399,8 +399,10 @@ def test_bad_input_is_refused_before_any_work(
 def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
     sizes = ["--steps", "9", "--batch", "64", "--micro", "32"]
     options = study.parse_options(["run", "--plan", "full", "--models", "moe", "--seeds", "7", *sizes])
-    found = dict(study.children(options))
+    found = study.children(options)
     assert list(found) == ["moe bf16", "moe hif4", "moe mxfp4", "moe nvfp4"]
+    both = study.children(study.parse_options(["run", "--plan", "full", "--models", "dense", "--arms", "bf16", *sizes]))
+    assert study.parse_options(both["dense bf16"]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
     child = study.parse_options(found["moe hif4"])
     assert (child.verb, child.model, child.arm, child.seed) == ("train", "moe", "hif4", [7])
     for name in ("micro", "batch", "steps", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
