@@ -7,7 +7,7 @@ import html
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def probe_table(study: Study, model: str) -> Table:
                 str(len(errors)),
                 with_spread(errors),
                 percent(statistics.fmean(batches), sign=False),
-                f"{cosines['weights']:.4f}",
+                f"{cosines['weights']:.4f} ± {spread_of(results, arm):.4f}",
                 f"{worst} {places[worst]:.4f}",
             ]
         )
@@ -147,18 +147,34 @@ def place_means(results: Mapping[int, Result], arm: str) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def role_table(study: Study, model: str) -> Table:
-    """A row per kind of layer: the cosine of its weight gradient in each recipe, as a mean over the layers."""
+def spread_of(results: Mapping[int, Result], arm: str) -> float:
+    """Spread over batches of the cosine of all weight gradients, as a mean over checkpoints."""
+    found = [result["arms"][arm]["cosines"]["weights"] for result in results.values() if arm in result["arms"]]
+    return statistics.fmean(mean_and_spread(values)[1] for values in found)
+
+
+def _kind(place: str) -> str:
+    """Kind of layer: `attention.q_proj`."""
+    return re.sub(r"^layers\.\d+\.?", "", place) or "block input"
+
+
+def _block(place: str) -> str:
+    """Block and whether it is a gradient of weights or of the block's input."""
+    match = re.fullmatch(r"(layers\.\d+)(\..*)?", place)
+    return f"{match[1]}, {'weights' if match[2] else 'input'}" if match else place
+
+
+def cosine_table(study: Study, model: str, group: Callable[[str], str]) -> Table:
+    """A row per group of places: the mean cosine of their gradients in each recipe."""
     results = study.probes[model]
     arms = _probed(results)
     rows = [["gradient of", *map(label, arms)]]
-    kinds: dict[str, list[list[float]]] = {}
+    groups: dict[str, list[list[float]]] = {}
     for column, arm in enumerate(arms):
         for name, value in place_means(results, arm).items():
-            kind = re.sub(r"^layers\.\d+\.?", "", name) or "block input"
-            kinds.setdefault(kind, [[] for _ in arms])[column].append(value)
-    for kind, columns in kinds.items():
-        rows.append([kind, *(f"{statistics.fmean(values):.4f}" if values else "–" for values in columns)])
+            groups.setdefault(group(name), [[] for _ in arms])[column].append(value)
+    for name, columns in groups.items():
+        rows.append([name, *(f"{statistics.fmean(values):.4f}" if values else "–" for values in columns)])
     return rows
 
 
@@ -271,7 +287,8 @@ def sections(study: Study) -> list[tuple[str, Any]]:
                 ("h2", f"Frozen probe: {model}"),
                 ("p", "A trained BF16 checkpoint; forward and gradients in FP4 at the same weights and batches."),
                 ("table", probe_table(study, model)),
-                ("table", role_table(study, model)),
+                ("table", cosine_table(study, model, _kind)),
+                ("table", cosine_table(study, model, _block)),
                 ("figure", (f"probe-{model}", depth_figure(study, model))),
             ]
     runs = [run for seeds in study.runs.values() for run in seeds.values()]

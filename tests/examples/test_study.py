@@ -333,8 +333,9 @@ def test_the_report(tmp_path: Path) -> None:
     runs = [result(arm, seed, 2.0 + 0.01 * i) for i, arm in enumerate(names) for seed in (0, 1)]
     runs += [result(arm, 0, 2.0 + 0.01 * i, "moe") for i, arm in enumerate(names[:2])]
     made = write_results(tmp_path / "results", [*runs, probe_result(0, {"hif4": 0.01, "mxfp4": 0.04})])
-    assert report.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500"]
-    assert ["block input", "0.9800", "0.9800"] in report.role_table(made, "dense")
+    assert report.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500 ± 0.0707"]
+    assert ["block input", "0.9800", "0.9800"] in report.cosine_table(made, "dense", report._kind)
+    assert ["layers.0, weights", "0.6000", "0.6000"] in report.cosine_table(made, "dense", report._block)
     ablations = {tuple(row[:2]): row for row in report.ablation_table(made, "dense")}
     assert ablations["HiF4", "Hadamard transform"][2:] == [
         "+1.50% ± 0.00%",
