@@ -4,7 +4,7 @@
     python examples/pretrain.py --device cuda --layers 12 --dim 768 --heads 12 --ff 2048 \\
         --sequence 1024 --batch 64 --steps 20000 --text my_corpus/
 
-The model below is ordinary PyTorch and knows nothing of FP4: the arms differ in the call of `torch.compile`
+The model (lm/model.py) is ordinary PyTorch and knows nothing of FP4: the arms differ in the call of `torch.compile`
 alone. Every arm starts from the same weights and reads the same batches.
 """
 
@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import os
 import platform
 import sys
 import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import cycle, pairwise
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
+from lm.files import files_of, python_sources, read_file, shuffled
+from lm.machine import BadInput, check_folder, machine_name, pick_device, pick_dtype, positive, synchronise
+from lm.model import Llama, Shape, learning_rate, make_model, make_optimizer
+from lm.plot import COLOURS, Curve, gap, loss_and_gap
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -45,118 +44,10 @@ from fp4compile.report import Report
 
 VOCABULARY = 256  # bytes
 
-# --- the model: nothing below this line and above the next one has heard of FP4 -----------------------------
-
-
-def rope_tables(sequence: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [sequence, head_dim / 2] of the rotary position embedding."""
-    frequencies = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.outer(torch.arange(sequence).float(), frequencies)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head of x [batch, heads, sequence, head_dim] by their position."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """The gated feed-forward block of Llama."""
-
-    def __init__(self, dim: int, ff: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, ff, bias=False)
-        self.up_proj = nn.Linear(dim, ff, bias=False)
-        self.down_proj = nn.Linear(ff, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, dim: int, heads: int, ff: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(dim)
-        self.attention = Attention(dim, heads)
-        self.mlp_norm = nn.RMSNorm(dim)
-        self.mlp = SwiGLU(dim, ff)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Llama(nn.Module):
-    """A Llama-style language model over bytes; returns the mean loss in nats per byte."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, layers: int, dim: int, heads: int, ff: int, sequence: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, dim)
-        self.layers = nn.ModuleList(Block(dim, heads, ff) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
-        self.lm_head = nn.Linear(dim, VOCABULARY, bias=False)
-        cos, sin = rope_tables(sequence, dim // heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_residual else 0.02)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
-        logits = self.lm_head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 # --- options ------------------------------------------------------------------------------------------------
 
 DTYPES = {"bfloat16": "BF16", "float32": "FP32"}
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-class BadInput(Exception):
-    """Something that the user can put right; the message says how."""
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a number above zero."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its message
-    return parse
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -166,7 +57,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    count, number = _positive(int), _positive(float)
+    count, number = positive(int), positive(float)
     add = parser.add_argument
     add(
         "--recipes",
@@ -199,29 +90,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--compile-mode", choices=MODES, default="default", help="mode of torch.compile")
     return parser.parse_args(arguments)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that --device names."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> str:
-    """The arithmetic that --dtype names; auto avoids bf16 on CPUs where it is hundreds of times slower."""
-    if name != "auto":
-        return name
-    fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
-    return "bfloat16" if fast else "float32"
 
 
 def resolve_recipes(names: Sequence[str]) -> list[Recipe]:
@@ -271,35 +139,14 @@ class Text:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # not in every installation
-    return [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise BadInput(f"--text {path}: no such file or folder")
-    return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
-
-
-def _shuffled(paths: Sequence[Path]) -> list[Path]:
-    """A fixed order that follows neither names nor folders, so that the held-out end is like the rest."""
-    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    return sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-
-
-def _read(path: Path) -> bytes:
-    """A file's bytes; none for a binary file, which a NUL gives away."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    return b"" if b"\0" in data else data
+    # Not in every installation, or no part of it.
+    return python_sources(root, ("site-packages", "dist-packages", "test", "tests", "idle_test"))
 
 
 def read_text(path: Path | None, sequence: int) -> Text:
     """The bytes to learn from, in an order that does not depend on the machine."""
     source = str(path) if path else f"sources of Python {platform.python_version()}'s standard library"
-    data = b"\n".join(filter(None, map(_read, _shuffled(_files(path) if path else _standard_library()))))
+    data = b"\n".join(filter(None, map(read_file, shuffled(files_of(path) if path else _standard_library()))))
     needed = math.ceil((sequence + 1) / HELD_OUT)
     if len(data) < needed:
         raise BadInput(
@@ -374,10 +221,10 @@ def make_arms(recipes: Sequence[Recipe], dtype: str) -> list[Arm]:
     ]
 
 
-def make_model(options: argparse.Namespace) -> Llama:
-    """The model with the seed's weights, on the CPU so that they are the same for every device."""
-    torch.manual_seed(options.seed)
-    return Llama(options.layers, options.dim, options.heads, options.ff, options.sequence)
+def make_llama(options: argparse.Namespace) -> Llama:
+    """The model with the seed's weights."""
+    shape = Shape(VOCABULARY, options.layers, options.dim, options.heads, options.ff, options.sequence)
+    return make_model(shape, options.seed)
 
 
 def compile_model(model: nn.Module, recipe: Recipe | None, mode: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -388,33 +235,9 @@ def compile_model(model: nn.Module, recipe: Recipe | None, mode: str) -> Callabl
     return torch.compile(model, backend="fp4compile", options=fp4_options)
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and leaves norms alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up over 5% of the steps, then a cosine down to 10%."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def machine_name(device: str) -> str:
-    """What the arms run on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that a clock reads finished work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Share of the peak learning rate at a step; it ends at 10%."""
+    return learning_rate(step, steps, floor=0.1)
 
 
 @dataclass
@@ -428,7 +251,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.device = torch.device(self.options.device)
         torch.compiler.reset()  # each arm compiles for itself
-        self.model = make_model(self.options).to(self.device)
+        self.model = make_llama(self.options).to(self.device)
         self.compiled = compile_model(self.model, self.arm.recipe, self.options.compile_mode)
         self.optimizer = make_optimizer(self.model, self.options.lr)
 
@@ -516,11 +339,6 @@ HOW_TO_READ = (
 )
 
 
-def gap(loss: float, reference: float) -> float:
-    """(L - L_bf16) / L_bf16."""
-    return (loss - reference) / reference
-
-
 def _number(value: float, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if math.isfinite(value) else "diverged"
 
@@ -588,7 +406,7 @@ def results(arms: Sequence[Arm], options: argparse.Namespace, text: Text) -> dic
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     return {
         "config": config,
-        "model": {"parameters": sum(p.numel() for p in make_model(options).parameters())},
+        "model": {"parameters": sum(p.numel() for p in make_llama(options).parameters())},
         "text": {
             "source": text.source,
             "train_bytes": len(text.train),
@@ -607,86 +425,11 @@ def results(arms: Sequence[Arm], options: argparse.Namespace, text: Text) -> dic
 
 # --- the figure ---------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, told apart by all common kinds of colour blindness; BF16 is the first.
-COLOURS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing means; the first ones run over what there is."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-
-
-def spread(wanted: Sequence[float], distance: float) -> list[float]:
-    """Heights at least `distance` apart and near the wanted ones, so that labels do not overlap."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = list(wanted)
-    for _ in range(200):
-        for low, high in pairwise(order):
-            push = (distance - (placed[high] - placed[low])) / 2
-            if push > 0:
-                placed[low], placed[high] = placed[low] - push, placed[high] + push
-    return placed
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of the figure; `values[i]` belongs to step i + 1."""
-
-    label: str
-    colour: str
-    values: Sequence[float]
-
-
-def _label_ends(axes: Any, curves: Sequence[Curve], form: str) -> None:
-    """Write each curve's name and last value right of its end, tied to it by a thin line."""
-    low, high = axes.get_ylim()
-    heights = spread([curve.values[-1] for curve in curves], 0.06 * (high - low))
-    for curve, height in zip(curves, heights, strict=True):
-        axes.annotate(
-            f"{curve.label}  {curve.values[-1]:{form}}",
-            (len(curve.values), curve.values[-1]),
-            (1.04, height),
-            textcoords=axes.get_yaxis_transform(),
-            color=curve.colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": curve.colour, "lw": 0.7, "relpos": (0, 0.5), "shrinkB": 0},
-        )
-
-
-def _panel(axes: Any, title: str, curves: Sequence[Curve], skip: int, form: str) -> None:
-    """Curves from step `skip` on, each labelled at its end."""
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
-    axes.grid(axis="y", color="#E5E5E5", lw=0.8)
-    axes.margins(x=0)
-    shown = [curve for curve in curves if len(curve.values) > skip]
-    for curve in shown:
-        axes.plot(range(skip + 1, len(curve.values) + 1), curve.values[skip:], color=curve.colour, lw=1.6)
-    _label_ends(axes, shown, form)
-
 
 def draw(arms: Sequence[Arm], options: argparse.Namespace) -> bytes:
-    """The figure as PNG: loss curves left, their gap to BF16 right, as means over a tenth of the steps."""
-    window = max(1, options.steps // 10)
-    curves = [
-        Curve(arm.label, colour, smooth(list(filter(math.isfinite, arm.losses)), window))
-        for arm, colour in zip(arms, cycle(COLOURS), strict=False)
-    ]
-    reference = curves[0].values
-    gaps = [replace(c, values=[100 * gap(*pair) for pair in zip(c.values, reference, strict=False)]) for c in curves]
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _panel(left, f"Training loss (nats per byte; means over {window} steps)", curves, window // 4, ".3f")
-        title = f"Gap to {arms[0].label} (%; of the same means)"
-        _panel(right, title, gaps, min(window, options.steps - 1), "+.2f")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    """The figure as PNG: loss curves left, their gap to BF16 right."""
+    curves = [Curve(arm.label, colour, arm.losses) for arm, colour in zip(arms, cycle(COLOURS), strict=False)]
+    return loss_and_gap(curves, "nats per byte", options.steps)
 
 
 # --- main ---------------------------------------------------------------------------------------------------
@@ -694,7 +437,7 @@ def draw(arms: Sequence[Arm], options: argparse.Namespace) -> bytes:
 
 def print_header(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console: Console) -> None:
     """What is compared, and on what."""
-    parameters = sum(p.numel() for p in make_model(options).parameters())
+    parameters = sum(p.numel() for p in make_llama(options).parameters())
     seen = options.steps * options.batch * options.sequence
     precision = "fp32 weights under bf16 autocast" if options.dtype == "bfloat16" else "all in fp32"
     console.print(
@@ -708,16 +451,6 @@ def print_header(arms: Sequence[Arm], options: argparse.Namespace, text: Text, c
         f"on     {machine_name(options.device)}\n",
         highlight=False,
     )
-
-
-def check_folder(folder: Path) -> None:
-    """Make sure that the results can be written before there are any."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise BadInput(f"--out {folder}: not writable")
 
 
 def compare(options: argparse.Namespace, console: Console) -> None:

@@ -10,6 +10,7 @@ from fp4compile.pipeline import register_pass
 from fp4compile.quantized import Quantized, dequantize, fake_quantize, quantize
 from fp4compile.recipe import Recipe, register_recipe
 from fp4compile.report import Report
+from fp4compile.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Report",
+    "Schedule",
     "convert",
     "dequantize",
     "explain",

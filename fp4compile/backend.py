@@ -92,6 +92,10 @@ class Backend(ABC):
     ) -> Callable[..., Any]:
         """Compile a Dynamo graph. Must call `rewrite` once on its joint (or inference) graph before lowering it."""
 
+    def without_fp4(self, mode: str | None) -> dict[str, Any]:
+        """Arguments of `torch.compile` that lower a graph as this backend does, with no GEMM in FP4."""
+        return {"backend": "inductor", "mode": mode}
+
     def runtime_notes(self) -> list[str]:
         """What the kernels that ran so far have to report; may wait for the device."""
         return []

@@ -63,5 +63,8 @@ class ReferenceBackend(Backend):
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return compiler(graph_module, example_inputs)
 
+    def without_fp4(self, mode: str | None) -> dict[str, Any]:
+        return {"backend": "aot_eager"}
+
 
 BACKEND = ReferenceBackend()

@@ -1,0 +1,1 @@
+"""What the pre-training examples share: models, text, training, results."""

@@ -1,0 +1,163 @@
+"""The arms of a study by name, and the plans that say which arms are trained.
+
+bf16                    torch.compile without FP4
+hif4, own.toml          a recipe, as `options={"recipe": ...}` takes it
+hif4-plain+rht+sr       a recipe with ingredients added: the ablations
+hif4@0.9                a recipe, then BF16 from 90% of the steps on
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fp4compile.recipe import RECIPES, Operand, Recipe, resolve
+from lm.machine import BadInput
+
+# Ingredient -> the operand spec with it, from role, name of the operand and its spec.
+INGREDIENTS: Mapping[str, Callable[[str, str, Operand], Operand]] = {
+    # On both operands of the backward GEMMs, of the size that the format's own recipe has.
+    "rht": lambda role, name, spec: spec if role == "forward" else replace(spec, hadamard=hadamard_size(spec.format)),
+    "sr": lambda role, name, spec: replace(spec, rounding="stochastic") if name == "grad" else spec,
+    "tf": lambda role, name, spec: replace(spec, scale_rule="truncation-free"),
+    "2d": lambda role, name, spec: replace(spec, block_2d=True) if name == "weight" else spec,
+}
+WHAT = {
+    "rht": "Hadamard transform of both operands of the backward GEMMs",
+    "sr": "stochastic rounding of the gradients",
+    "tf": "truncation-free scales",
+    "2d": "2-D blocks of the weights",
+}
+LABELS = {"bf16": "BF16", "hif4": "HiF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+
+
+def hadamard_size(format: str) -> int:
+    """Size of the Hadamard transform in the recipe that is named after the format."""
+    return max(operand.hadamard for operand in RECIPES.get(format).operands)
+
+
+def label(arm: str) -> str:
+    """How tables and figures call an arm."""
+    return re.sub(r"^\w+", lambda base: LABELS.get(base[0], base[0]), arm)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: as above; a TOML file's arm is called by its recipe's name.
+        recipe: None for BF16.
+        switch: fraction of the steps from which on there is no FP4; None to keep the recipe.
+    """
+
+    name: str
+    recipe: Recipe | None
+    switch: float | None = None
+
+    @property
+    def precisions(self) -> dict[float, Recipe | None]:
+        """What `fp4compile.Schedule` takes."""
+        return {0.0: self.recipe} | ({} if self.switch is None else {self.switch: None})
+
+    @property
+    def slug(self) -> str:
+        """The name in file names: letters, digits, dots, dashes and underscores."""
+        return self.name.replace("+", "_").replace("@", "_at")
+
+
+def with_ingredients(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with ingredients added to every operand that it quantises."""
+    for name in names:
+        if name not in INGREDIENTS:
+            raise BadInput(f"unknown ingredient {name!r} of {recipe.name}; there are {', '.join(INGREDIENTS)}")
+        change = INGREDIENTS[name]
+        rules = []
+        for rule in recipe.rules:
+            changed = {key: change(rule.role, key, spec) for key, spec in rule.operands.items() if spec}
+            rules.append(replace(rule, **changed))
+        source = f"{recipe.source}; with {WHAT[name]}"
+        recipe = replace(recipe, name=f"{recipe.name}+{name}", rules=tuple(rules), source=source)
+    return recipe
+
+
+def make_arm(text: str, switch: float | None = None) -> Arm:
+    """The arm that a name stands for; `switch` is an `@` by other means."""
+    text, at, fraction = text.partition("@")
+    if at:
+        try:
+            switch = float(fraction)
+        except ValueError:
+            raise BadInput(f"arm {text}@{fraction}: what follows the @ is a fraction of the steps") from None
+    if text == "bf16":
+        if switch is not None:
+            raise BadInput("arm bf16 has no FP4 to switch off")
+        return Arm("bf16", None)
+    name, *ingredients = [text] if text.endswith(".toml") else text.split("+")
+    recipe = with_ingredients(resolve(name), ingredients)
+    return Arm(recipe.name if switch is None else f"{recipe.name}@{switch:g}", recipe, switch)
+
+
+def check_widths(options: argparse.Namespace, recipes: Iterable[Recipe]) -> None:
+    """Refuse sizes (--dim, --heads, --ff) that would fail only once the first arm has been trained."""
+    if options.dim % options.heads:
+        raise BadInput(f"--heads {options.heads} does not divide --dim {options.dim}")
+    if options.dim // options.heads % 2:
+        raise BadInput(f"rotary positions need an even head size; --dim / --heads is {options.dim // options.heads}")
+    for recipe in recipes:
+        size = max((operand.hadamard for operand in recipe.operands), default=0)
+        for name in ("dim", "ff"):
+            width = getattr(options, name)
+            if size and width % size:
+                raise BadInput(
+                    f"recipe {recipe.name} uses a Hadamard transform of size {size}, "
+                    f"which does not divide --{name} {width}"
+                )
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms of one model that are trained with the same seeds."""
+
+    model: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `study.py run` trains.
+
+    Attributes:
+        steps, batch: optimiser steps of every run and windows of a step, where the options do not say otherwise.
+        parts: in the order in which they are trained.
+    """
+
+    about: str
+    steps: int
+    batch: int
+    parts: tuple[Part, ...]
+
+
+FOUR = (0, 1, 2, 3)  # the fewest seeds that carry a claim
+MAIN = ("bf16", "hif4", "mxfp4", "nvfp4")
+ABLATIONS = (
+    *(f"{format}-plain{more}" for format in ("hif4", "mxfp4", "nvfp4") for more in ("", "+rht", "+sr", "+rht+sr")),
+    *(f"{format}-plain{more}" for format in ("hif4", "mxfp4", "nvfp4") for more in ("+tf", "+rht+sr+tf")),
+    *(f"{format}-plain+2d" for format in ("mxfp4", "nvfp4")),
+    "hif4@0.9",
+)
+PLANS: Mapping[str, Plan] = {
+    "quick": Plan("four seeds of short runs, dense", 1000, 32, (Part("dense", (*MAIN, "hif4-plain"), FOUR),)),
+    "full": Plan(
+        "four seeds of the recipes, dense and MoE, and two of the ablations",
+        3000,
+        128,
+        (Part("dense", MAIN, FOUR), Part("moe", MAIN, FOUR), Part("dense", ABLATIONS, (0, 1))),
+    ),
+}

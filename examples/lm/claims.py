@@ -1,0 +1,163 @@
+"""From result files to numbers: relative loss errors in pairs of one seed, their spread, and what may be claimed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm.arms import LABELS, label
+from lm.machine import BadInput
+from lm.plot import gap
+
+TAIL = 0.1  # of the steps: what the final training loss is a mean of
+SEEDS = 4  # fewer carry no claim
+TIMES = 3.0  # spreads that a difference must exceed
+BAR = 0.01  # the relative loss error that HiF4 is to stay below
+
+Result = Mapping[str, Any]
+# Seed -> relative loss error; NaN for an arm that diverged.
+Errors = dict[int, float]
+
+
+def final_loss(result: Result) -> float:
+    """Mean training loss of the last tenth of the steps; NaN if the arm diverged."""
+    losses = result["losses"]
+    tail = losses[-max(1, round(len(losses) * TAIL)) :]
+    return math.nan if result["diverged"] else statistics.fmean(tail)
+
+
+def held_out_loss(result: Result) -> float:
+    """Loss on the held-out text; NaN if the arm diverged."""
+    return math.nan if result["diverged"] or result["held_out_loss"] is None else result["held_out_loss"]
+
+
+@dataclass
+class Study:
+    """The results of one folder.
+
+    Attributes:
+        runs: (model, arm) -> seed -> result of training.
+        probes: model -> seed -> result of the frozen probe.
+    """
+
+    runs: dict[tuple[str, str], dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
+    probes: dict[str, dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
+
+    @property
+    def models(self) -> list[str]:
+        """Models that there is anything of."""
+        return sorted({model for model, _ in self.runs} | set(self.probes))
+
+    def arms(self, model: str) -> list[str]:
+        """Arms of a model: BF16, the formats, then the others by name."""
+        first = list(LABELS)
+        names = [arm for found, arm in self.runs if found == model]
+        return sorted(names, key=lambda arm: (first.index(arm) if arm in first else len(first), arm))
+
+    def errors(self, model: str, arm: str, loss: Callable[[Result], float] = final_loss) -> Errors:
+        """Relative loss error of each seed that BF16 was trained with too."""
+        base = self.runs.get((model, "bf16"), {})
+        runs = self.runs.get((model, arm), {})
+        return {seed: gap(loss(runs[seed]), loss(base[seed])) for seed in sorted(runs.keys() & base.keys())}
+
+    def probe_errors(self, model: str, arm: str) -> Errors:
+        """Relative loss error of each probed checkpoint, as a mean over its batches."""
+        return {
+            seed: statistics.fmean(probe_batches(result, arm))
+            for seed, result in sorted(self.probes.get(model, {}).items())
+            if arm in result["arms"]
+        }
+
+
+def probe_batches(result: Result, arm: str) -> list[float]:
+    """Relative loss error of each batch of a probe."""
+    rows = result["arms"][arm]
+    return [gap(loss, base) for loss, base in zip(rows["losses"], rows["bf16_losses"], strict=True)]
+
+
+def read_study(folder: Path) -> Study:
+    """Every result below a folder; results of one model that cannot be compared are an error."""
+    study, settings = Study(), {}
+    for path in sorted(folder.rglob("*.json")):
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict) or result.get("kind") not in ("train", "probe"):
+            continue  # the tokenizer, for one
+        model, seed = result["model"], result["seed"]
+        if result["kind"] == "probe":
+            study.probes[model][seed] = result
+            continue
+        first, theirs = settings.setdefault(model, (path, result["settings"]))
+        if theirs != result["settings"]:
+            changed = [key for key in theirs if theirs[key] != result["settings"].get(key)]
+            raise BadInput(f"{path} and {first} cannot be compared: {', '.join(changed)} differ")
+        study.runs[model, result["arm"]][seed] = result
+    if not study.models:
+        raise BadInput(f"{folder}: no results of study.py there")
+    return study
+
+
+# --- what may be claimed ---------------------------------------------------------------------------------------------
+
+
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values, or one is NaN."""
+    numbers = list(values)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        return math.nan, math.nan
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """ "below" or "above" zero, or "unresolved".
+
+    An order needs `SEEDS` seeds and a mean that exceeds `TIMES` times the seed-to-seed spread of the paired difference.
+    """
+    mean, deviation = mean_and_spread(differences)
+    if len(differences) < SEEDS or not abs(mean) > TIMES * deviation:
+        return "unresolved"
+    return "below" if mean < 0 else "above"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement and what the data say of it.
+
+    Attributes:
+        text: what is claimed: that the differences are below zero.
+        differences: one for each seed.
+    """
+
+    text: str
+    differences: tuple[float, ...]
+
+    @property
+    def answer(self) -> str:
+        """The verdict in words, with its numbers."""
+        mean, deviation = mean_and_spread(self.differences)
+        numbers = f"paired difference {percent(mean)} ± {percent(deviation, sign=False)}, {len(self.differences)} seeds"
+        if not all(map(math.isfinite, self.differences)):
+            return "no: an arm diverged"
+        word = {"below": "**yes**", "above": "**no, the data say the opposite**"}
+        return f"{word.get(verdict(self.differences), 'unresolved at this scale')} ({numbers})"
+
+
+def claims(what: str, errors: Mapping[str, Errors]) -> list[Claim]:
+    """The study's three statements on HiF4, from arm -> errors; only those that there are pairs for."""
+    ours = errors.get("hif4", {})
+    found = [Claim(f"{what}: HiF4's gap is below {BAR:.0%}", tuple(error - BAR for error in ours.values()))]
+    for other in ("mxfp4", "nvfp4"):
+        theirs = errors.get(other, {})
+        pairs = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+        found.append(Claim(f"{what}: HiF4's gap is below {label(other)}'s", pairs))
+    return [claim for claim in found if claim.differences]
+
+
+def percent(value: float, sign: bool = True) -> str:
+    """A share as text; a dash where there is none."""
+    return f"{100 * value:{'+' if sign else ''}.2f}%" if math.isfinite(value) else "–"

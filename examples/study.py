@@ -1,0 +1,456 @@
+"""The study: a language model pre-trained in BF16 and in FP4, in pairs of one seed, and what the difference is.
+
+    python examples/study.py run --plan quick --out out/study               # every arm of a plan that is not done yet
+    python examples/study.py train --arm hif4 --seed 0 1 --out out/study    # one arm
+    python examples/study.py probe --out out/study                          # BF16 checkpoints, in FP4 without training
+    python examples/study.py report --results out/study --out docs/study    # tables, figures, one page
+
+Each arm leaves a small file, so a study can be made by many commands, on several machines. A command that was killed
+goes on from its last checkpoint when it is given again, bit for bit. `--help` behind a verb lists its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm.arms import MAIN, PLANS, Arm, check_widths, make_arm
+from lm.claims import read_study
+from lm.corpus import Corpus, check_length, load_corpus
+from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
+from lm.model import Shape
+from lm.probe import Probe, load_checkpoint
+from lm.report import all_claims, loss_table, markdown_table, write_report
+from lm.train import Settings, Trainer, describe, files_of_run, finished, make_deterministic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from fp4compile import Schedule
+from fp4compile.errors import FP4TypeError, FP4ValueError
+from fp4compile.files import write_atomically
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Model -> sizes that --layers and the like may change. The two experts of a token do the work of one block of 1024.
+MODELS: dict[str, dict[str, int]] = {
+    "dense": {"layers": 6, "dim": 384, "heads": 6, "ff": 1024, "experts": 0},
+    "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
+}
+UNFINISHED = 3  # exit status of a command that saved and left
+WORDS = {0: "done", UNFINISHED: "not finished"}
+_LINE = "step {}/{} loss {:.4f}"  # what a child tells the command that watches it
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _text_options(parser: argparse.ArgumentParser) -> None:
+    count, number = positive(int), positive(float)
+    add = parser.add_argument
+    add("--text", type=Path, default=None, help="file (.xz too) or folder; without it, the installed Python packages")
+    add("--max-mb", type=number, default=200.0, help="megabytes of text at most (%(default)s)")
+    add("--vocabulary", type=count, default=8192, help="tokens of the tokenizer that is trained on it (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="around FP4; bf16 where that is fast",
+    )
+    add("--backend", default="auto", help="backend of fp4compile (%(default)s)")
+    add("--compile-mode", choices=MODES, default="default", help="mode of torch.compile")
+    add("--allow-fallback", action="store_true", help="train also where a GEMM that the recipe names cannot be FP4")
+    add("--micro", type=count, default=None, help="windows at a time; by default all of a step (gradients add up)")
+    add(
+        "--no-deterministic",
+        dest="deterministic",
+        action="store_false",
+        help="CUDA: other bits each time",
+    )
+    add("--out", type=Path, default=Path(__file__).parent / "out" / "study", help="folder of results and checkpoints")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    _text_options(parser)
+    count, number = positive(int), positive(float)
+    add = parser.add_argument
+    for name in ("layers", "dim", "heads", "ff"):
+        add(f"--{name}", type=count, default=None, help="of the model; by default as --model says")
+    add("--sequence", type=count, default=512, help="tokens of a window (%(default)s)")
+    add("--lr", type=number, default=1e-3, help="peak learning rate (%(default)s)")
+    add("--save-every", type=count, default=250, help="steps between two checkpoints (%(default)s)")
+    add("--minutes", type=number, default=None, help="save and leave after so long; the same command goes on")
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | run | probe | report")
+
+    train = verbs.add_parser("train", help="one arm, one seed or several", allow_abbrev=False)
+    train.add_argument("--arm", required=True, help="bf16, a recipe, a TOML file; +rht, +sr, +tf, +2d add ingredients")
+    train.add_argument("--switch", type=float, default=None, help="BF16 from this fraction of the steps on")
+    train.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, batches and stochastic rounding")
+    train.add_argument("--model", choices=MODELS, default="dense")
+    train.add_argument("--steps", type=positive(int), default=3000, help="optimiser steps (%(default)s)")
+    train.add_argument("--batch", type=positive(int), default=128, help="windows of a step (%(default)s)")
+    _training_options(train)
+
+    run = verbs.add_parser("run", help="every arm of a plan that is not done yet", allow_abbrev=False)
+    plans = "; ".join(
+        f"{name}: {plan.about}, {plan.steps} steps of {plan.batch} windows" for name, plan in PLANS.items()
+    )
+    run.add_argument("--plan", choices=PLANS, default="quick", help=plans)
+    run.add_argument("--arms", nargs="+", default=None, help="these arms only, of the plan or not")
+    run.add_argument("--seeds", type=int, nargs="+", default=None, help="these seeds instead of the plan's")
+    run.add_argument("--models", nargs="+", choices=MODELS, default=None, help="these models of the plan only")
+    run.add_argument("--steps", type=positive(int), default=None, help="optimiser steps instead of the plan's")
+    run.add_argument("--batch", type=positive(int), default=None, help="windows of a step instead of the plan's")
+    run.add_argument("--jobs", type=positive(int), default=1, help="arms that are trained at a time (%(default)s)")
+    _training_options(run)
+
+    probe = verbs.add_parser("probe", help="trained BF16 checkpoints in FP4, without training", allow_abbrev=False)
+    probe.add_argument("--checkpoint", type=Path, nargs="+", default=None, help="by default every BF16 one in --out")
+    probe.add_argument("--arms", nargs="+", default=[*MAIN[1:], "hif4-plain", "mxfp4-plain", "nvfp4-plain"])
+    probe.add_argument("--batches", type=positive(int), default=8, help="of the held-out text (%(default)s)")
+    _text_options(probe)
+
+    report = verbs.add_parser("report", help="tables, figures and a page from results", allow_abbrev=False)
+    report.add_argument("--results", type=Path, default=Path(__file__).parent / "out" / "study")
+    report.add_argument("--out", type=Path, default=Path("docs") / "study")
+    return parser.parse_args(arguments)
+
+
+def command_line(arguments: Sequence[str] | None) -> str:
+    """The command as it can be given again."""
+    return shlex.join(["python", "examples/study.py", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Put what the options leave open in its place."""
+    device = pick_device(options.device)
+    options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
+    options.deterministic = options.deterministic and device.type == "cuda"
+
+
+def fill_training(options: argparse.Namespace) -> None:
+    """The same for training."""
+    fill(options)
+    for name, size in MODELS[options.model].items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, size)
+    options.micro = options.micro or options.batch
+    if options.batch % options.micro:
+        raise BadInput(f"--micro {options.micro} does not divide --batch {options.batch}")
+
+
+def settings_of(options: argparse.Namespace, corpus: Corpus) -> Settings:
+    """What the results of all arms must agree in."""
+    names = ("layers", "dim", "heads", "ff", "sequence", "experts")
+    return Settings(
+        options.model,
+        Shape(options.vocabulary, **{name: getattr(options, name) for name in names}),
+        options.steps,
+        options.batch,
+        options.micro,
+        options.lr,
+        options.dtype,
+        corpus.digest,
+        options.device,
+        options.backend,
+        options.compile_mode,
+        not options.allow_fallback,
+        options.deterministic,
+    )
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def bars(console: Console) -> Progress:
+    """Progress bars, one per arm; a log gets lines instead."""
+    return Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    )
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+class Leave:
+    """Whether to save and leave: after --minutes, or when asked to by a signal while in its context."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.deadline = time.monotonic() + 60 * minutes if minutes else None
+        self.asked = False
+
+    def __enter__(self) -> Leave:
+        self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    @property
+    def minutes_left(self) -> float:
+        """Until the deadline, if there is one."""
+        return math.inf if self.deadline is None else max(0.01, (self.deadline - time.monotonic()) / 60)
+
+    def __call__(self, step: int) -> bool:
+        return self.asked or (self.deadline is not None and time.monotonic() > self.deadline)
+
+
+def checked_arm(options: argparse.Namespace) -> Arm:
+    """The arm that a `train` command names, once its options are filled in and all that needs no text is checked."""
+    arm = make_arm(options.arm, options.switch)
+    fill_training(options)
+    check_widths(options, [arm.recipe] if arm.recipe else [])
+    Schedule(nn.Identity(), arm.precisions, options.steps, options={"backend": options.backend})
+    return arm
+
+
+def train(options: argparse.Namespace, command: str, console: Console) -> int:
+    """Train the seeds of one arm that are not done yet."""
+    arm = checked_arm(options)
+    check_folder(options.out)
+    corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
+    check_length(corpus, options.sequence, options.batch, options.steps)
+    settings = settings_of(options, corpus)
+    seeds = {seed: files_of_run(options.out, options.model, arm, seed) for seed in options.seed}
+    todo = {seed: files for seed, files in seeds.items() if not finished(files, settings)}
+    for seed in seeds.keys() - todo.keys():
+        console.print(f"{arm.name}, seed {seed}: done already", highlight=False)
+    if not todo:
+        return 0
+    if options.deterministic:
+        make_deterministic()
+    with bars(console) as progress, Leave(options.minutes) as leave:
+        task = progress.add_task(f"{options.model} {arm.name}", total=options.steps * len(todo), note="compiling")
+        trainer = Trainer(arm, settings, corpus, describe(settings, corpus, command))
+        for index, (seed, files) in enumerate(todo.items()):
+
+            def advance(done: int, loss: float, index: int = index, seed: int = seed) -> None:
+                before = index * options.steps
+                progress.update(task, completed=before + done, note=f"seed {seed} loss {loss:.3f}")
+                if not console.is_terminal:
+                    print(_LINE.format(before + done, options.steps * len(todo), loss), flush=True)
+
+            if not trainer.train(seed, files, advance, options.save_every, leave):
+                console.print(f"{arm.name}, seed {seed}: saved; the same command goes on", highlight=False)
+                return UNFINISHED
+    return 0
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def children(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name and arguments of each `train` command of a plan; an arm of two parts has the seeds of the first."""
+    plan = PLANS[options.plan]
+    shared = ["--steps", str(options.steps), "--batch", str(options.batch), "--out", str(options.out)]
+    for name in ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro"):
+        shared += _flag(options, name)
+    for name in ("layers", "dim", "heads", "ff", "sequence", "lr", "save_every"):
+        shared += _flag(options, name)
+    shared += ["--allow-fallback"] * options.allow_fallback + ["--no-deterministic"] * (not options.deterministic)
+    found: dict[str, list[str]] = {}
+    for part in plan.parts:
+        if options.models is None or part.model in options.models:
+            for arm in options.arms or part.arms:
+                seeds = map(str, options.seeds or part.seeds)
+                what = ["train", "--model", part.model, "--arm", arm, "--seed", *seeds]
+                found.setdefault(f"{part.model} {arm}", [*what, *shared])
+    return found
+
+
+def _flag(options: argparse.Namespace, name: str) -> list[str]:
+    value = getattr(options, name)
+    return [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Train every arm of a plan, each in a process of its own."""
+    plan = PLANS[options.plan]
+    options.steps, options.batch = options.steps or plan.steps, options.batch or plan.batch
+    found = children(options)
+    for arguments in found.values():
+        checked_arm(parse_options(arguments))
+    check_folder(options.out)
+    with console.status("reading and tokenising the text"):
+        corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
+    check_length(corpus, options.sequence, options.batch, options.steps)
+    console.print(
+        f"{corpus.source}: {len(corpus.train) / 1e6:.1f} M training tokens, {corpus.bytes_per_token:.2f} bytes each",
+        highlight=False,
+    )
+    with bars(console) as progress, Leave(options.minutes) as ended, ThreadPoolExecutor(options.jobs) as pool:
+        tasks = {name: progress.add_task(name, total=None, note="waiting") for name in found}
+
+        def one(name: str) -> int:
+            if ended(0):
+                return UNFINISHED
+            left = ["--minutes", f"{ended.minutes_left:.2f}"] if options.minutes else []
+            started = time.monotonic()
+            status = watch(name, found[name] + left, options.out, partial(progress.update, tasks[name]), ended)
+            word = WORDS.get(status, "failed")
+            progress.update(tasks[name], note=word)
+            if not console.is_terminal:
+                console.print(f"{name}: {word} in {time.monotonic() - started:.0f} s", highlight=False)
+            return status
+
+        statuses = dict(zip(found, pool.map(one, found), strict=True))
+    for name, status in statuses.items():
+        if status not in WORDS:
+            console.print(f"{name} failed: see {options.out / log_name(name)}", highlight=False, soft_wrap=True)
+    console.print(f"{sum(not s for s in statuses.values())} of {len(statuses)} arms are done", highlight=False)
+    return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
+
+
+def log_name(name: str) -> str:
+    """The log of a child."""
+    return re.sub(r"[^\w.-]", "_", name) + ".log"
+
+
+def watch(name: str, arguments: list[str], out: Path, update: Any, ended: Leave) -> int:
+    """Run a `train` command, keep its output in a log, show its steps; its exit status."""
+    command = [sys.executable, __file__, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        asker = threading.Thread(target=_pass_on, args=(child, ended), daemon=True)
+        asker.start()
+        update(note="starting")
+        with (out / log_name(name)).open("w") as log:
+            for line in child.stdout or ():
+                log.write(line)
+                log.flush()
+                match = re.match(r"step (\d+)/(\d+) loss (\S+)", line)
+                if match:
+                    update(completed=int(match[1]), total=int(match[2]), note=f"loss {match[3]}")
+        return child.wait()
+
+
+def _pass_on(child: subprocess.Popen[str], ended: Leave) -> None:
+    """Ask a child to save and leave when this command is asked to."""
+    while child.poll() is None:
+        if ended.asked:
+            child.terminate()
+            return
+        time.sleep(0.5)
+
+
+# --- probe and report ------------------------------------------------------------------------------------------------
+
+
+def probe(options: argparse.Namespace, command: str, console: Console) -> int:
+    """Measure BF16 checkpoints in each recipe."""
+    arms = [make_arm(name) for name in options.arms]
+    if any(arm.recipe is None or arm.switch is not None for arm in arms):
+        raise BadInput("the probe compares recipes with BF16: --arms takes neither bf16 nor a switch")
+    fill(options)
+    paths = options.checkpoint or sorted(options.out.glob("*-bf16-s*.safetensors"))
+    if not paths:
+        raise BadInput(f"--out {options.out}: no checkpoint of a bf16 arm there; train one, or name it by --checkpoint")
+    check_folder(options.out)
+    loaded = {path: load_checkpoint(path) for path in paths}
+    if options.deterministic:
+        make_deterministic()
+    probes: dict[str, Probe] = {}
+    for path, (state, trained, seed) in loaded.items():
+        corpus = load_corpus(options.text, options.max_mb, trained.shape.vocabulary, options.out)
+        if corpus.digest != trained.corpus:
+            raise BadInput(f"{path} was trained on another text; give the --text, --max-mb and --out of its training")
+        settings = probe_settings(options, trained)
+        with bars(console) as progress:
+            tasks = {arm.name: progress.add_task(arm.name, total=options.batches, note=path.stem) for arm in arms}
+
+            def advance(name: str, done: int, tasks: dict[str, Any] = tasks) -> None:
+                progress.update(tasks[name], completed=done)
+
+            key = settings.to_json()  # checkpoints of one model share its graphs
+            if key not in probes:
+                probes[key] = Probe(arms, corpus, settings, options.batches)
+            found = probes[key].measure(state, advance)
+        result = {"kind": "probe", "model": settings.model, "seed": seed, **describe(settings, corpus, command)}
+        result |= {"arms": found}
+        name = f"probe-{settings.model}-s{seed}.json"
+        write_atomically(options.out / name, json.dumps(result).encode())
+        console.print(f"wrote {options.out / name}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def probe_settings(options: argparse.Namespace, trained: Settings) -> Settings:
+    """The settings of the training, on this device and with these options of compilation."""
+    return replace(
+        trained,
+        micro=options.micro or min(trained.batch, 16),
+        dtype=options.dtype,
+        device=options.device,
+        backend=options.backend,
+        mode=options.compile_mode,
+        strict=not options.allow_fallback,
+        deterministic=options.deterministic,
+    )
+
+
+def report(options: argparse.Namespace, console: Console) -> int:
+    """Write the report, and print its tables."""
+    study = read_study(options.results)
+    check_folder(options.out)
+    for model in study.models:
+        if study.arms(model):
+            console.print(markdown_table(loss_table(study, model)), highlight=False, soft_wrap=True)
+        for claim in all_claims(study, model):
+            console.print(f"- {claim.text}: {claim.answer}", highlight=False, soft_wrap=True)
+    for path in write_report(study, options.out):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options, command = parse_options(arguments), command_line(arguments)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels ask for
+    console = Console()
+    verbs = {
+        "train": lambda: train(options, command, console),
+        "run": lambda: run(options, console),
+        "probe": lambda: probe(options, command, console),
+        "report": lambda: report(options, console),
+    }
+    try:
+        return verbs[options.verb]()
+    except (BadInput, FP4ValueError, FP4TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""examples/study.py: arms, batches, resuming, the rule for claims, the report; everything tiny and on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tokenizers")
+
+import study
+from lm import claims, corpus, report
+from lm.arms import PLANS, make_arm
+from lm.machine import BadInput
+from lm.model import Shape
+from lm.train import Settings, Trainer, files_of_run
+
+from fp4compile.errors import FP4ValueError
+from fp4compile.recipe import RECIPES
+
+SCRIPT = Path(study.__file__)
+PNG = b"\x89PNG\r\n\x1a\n"
+SHAPE = Shape(300, 1, 64, 2, 64, 16)
+SETTINGS = Settings("dense", SHAPE, 6, 4, 2, 3e-3, "float32", "digest", "cpu", "reference")
+TINY = [
+    *("--vocabulary", "300", "--layers", "1", "--dim", "64", "--heads", "2", "--ff", "64"),
+    *("--sequence", "16", "--batch", "4", "--steps", "40", "--backend", "reference"),
+]
+
+
+def made_corpus(length: int = 2000) -> corpus.Corpus:
+    """Tokens that nobody wrote."""
+    tokens = torch.randint(300, (length,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return corpus.Corpus("made up", tokens[:-200], tokens[-200:], 3 * length, "digest")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of short files, one twice, one that is no text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for index in range(30):
+        (folder / f"{index}.py").write_text("".join(f"value_{n} = {n} * {index}\n" for n in range(60)))
+    (folder / "copy.py").write_bytes((folder / "0.py").read_bytes())
+    (folder / "binary").write_bytes(bytes(range(256)))
+    return folder
+
+
+# --- arms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "preset"), [("hif4-plain+rht", "hif4"), ("mxfp4-plain+rht+sr+tf", "mxfp4")])
+def test_ingredients_added_to_a_plain_recipe_make_the_recommended_one(name: str, preset: str) -> None:
+    arm = make_arm(name)
+    assert arm.recipe is not None and arm.name == arm.recipe.name == name
+    assert arm.recipe.rules == RECIPES.get(preset).rules
+
+
+def test_an_ingredient_changes_what_it_names_and_nothing_else() -> None:
+    plain, sr, flat = RECIPES.get("nvfp4-plain"), make_arm("nvfp4-plain+sr").recipe, make_arm("nvfp4-plain+2d").recipe
+    for before, after in zip(plain.rules, sr.rules, strict=True):
+        assert after.grad == (before.grad and replace(before.grad, rounding="stochastic"))
+        assert (after.input, after.weight) == (before.input, before.weight)
+    assert [rule.weight and rule.weight.block_2d for rule in flat.rules] == [True, True, None]
+
+
+def test_every_arm_of_every_plan_can_be_made() -> None:
+    for plan in PLANS.values():
+        for part in plan.parts:
+            made = [make_arm(name) for name in part.arms]
+            assert len({arm.slug for arm in made}) == len(made)
+            assert all(re.fullmatch(r"[\w.-]+", arm.slug) for arm in made)
+    named = {arm for plan in PLANS.values() for part in plan.parts for arm in part.arms}
+    for suffixes in report.ABLATIONS.values():  # what the report compares is trained
+        assert any({format + suffix for suffix in suffixes} <= named for format in ("hif4", "mxfp4", "nvfp4"))
+
+
+def test_a_switch_ends_fp4() -> None:
+    arm = make_arm("hif4@0.9")
+    assert arm.precisions == {0.0: RECIPES.get("hif4"), 0.9: None}
+    assert make_arm("hif4", 0.9) == arm
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hif5", "unknown recipe 'hif5'"),
+        ("hif4-plain+rhd", "unknown ingredient 'rhd' of hif4-plain; there are rht, sr, tf, 2d"),
+        ("hif4@late", "a fraction of the steps"),
+        ("bf16@0.5", "no FP4 to switch off"),
+        ("hif4-plain+2d", "format hif4 has no 2-D blocks"),
+    ],
+)
+def test_arms_that_cannot_be(name: str, message: str) -> None:
+    with pytest.raises((BadInput, FP4ValueError), match=message):
+        make_arm(name)
+
+
+# --- text and batches ------------------------------------------------------------------------------------------------
+
+
+def test_the_text_is_tokenised_once_and_reads_back(text: Path, tmp_path: Path) -> None:
+    first = corpus.load_corpus(text, 1.0, 300, tmp_path / "out")
+    (tokenizer,) = (tmp_path / "out").glob("tokenizer-*.json")
+    decode = corpus.Tokenizer.from_file(str(tokenizer)).decode
+    read = [decode(part.tolist(), skip_special_tokens=True) for part in (first.train, first.held_out)]
+    files = {path.read_text() for path in text.glob("*.py")}
+    assert sum(map(len, read)) == first.size == sum(map(len, files))  # the copy counts once
+    assert all(("".join(read)).count(file) == 1 for file in files)
+    assert 0.05 <= len(read[1]) / first.size < 0.1
+    (stored,) = (tmp_path / "out").glob("corpus-*.safetensors")
+    before = stored.stat().st_mtime_ns
+    again = corpus.load_corpus(text, 1.0, 300, tmp_path / "out")
+    assert stored.stat().st_mtime_ns == before
+    assert torch.equal(again.train, first.train) and again.digest == first.digest
+
+
+def test_one_file_is_cut_and_xz_is_unpacked(tmp_path: Path) -> None:
+    lzma = pytest.importorskip("lzma")
+    path = tmp_path / "prose.txt.xz"
+    path.write_bytes(lzma.compress(b"".join(b"word %d\n" % n for n in range(1000))))
+    (document,) = corpus.read_documents([path], 10**9)
+    train, held_out = corpus.hold_out([document])
+    assert b"".join(train + held_out) == document and len(held_out[0]) == int(0.05 * len(document))
+
+
+def test_a_step_reads_windows_that_depend_on_seed_and_step_alone() -> None:
+    tokens = torch.arange(165, dtype=torch.int32)  # ten windows of 16
+    first, second = (corpus.Batches(tokens, 16, 4, seed) for seed in (0, 1))
+    assert torch.equal(first.at(3), corpus.Batches(tokens, 16, 4, 0).at(3))
+    assert not torch.equal(first.at(0), second.at(0))
+    starts = torch.cat([first.starts(step) for step in range(10)]).tolist()
+    epochs = [starts[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == [16 * i for i in range(10)] for epoch in epochs)  # each window once
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert first.at(0).shape == (4, 17) and torch.equal(first.at(0)[:, 0], first.starts(0))
+
+
+def test_four_epochs_are_the_most() -> None:
+    text = made_corpus(2000)  # 1800 to train on: 112 windows of 16
+    corpus.check_length(text, 16, 4, 112)
+    with pytest.raises(BadInput, match=r"1,800 training tokens; 113 steps of 4 × 16 .* or at most 112 --steps"):
+        corpus.check_length(text, 16, 4, 113)
+    with pytest.raises(BadInput, match="has 200 held-out tokens; --sequence 200 needs 201 or more"):
+        corpus.check_length(text, 200, 1, 1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def trained(arm: str, folder: Path, stops: tuple[int, ...] = (), settings: Settings = SETTINGS) -> dict[str, Any]:
+    """The result of an arm that leaves after each of `stops` steps and is started again in a new trainer."""
+    files = files_of_run(folder, "dense", make_arm(arm), 5)
+    for stop in (*stops, None):
+        trainer = Trainer(make_arm(arm), settings, made_corpus(), {"settings": {}})
+        torch.manual_seed(99 if stop is None else stop)  # nothing depends on what was drawn before
+        assert trainer.train(5, files, lambda *_: None, 100, lambda done, stop=stop: done == stop) is (stop is None)
+        assert files.state.exists() is (stop is not None)
+    return json.loads(files.result.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["bf16", "mxfp4", "mxfp4@0.5"])
+def test_a_run_goes_on_bit_for_bit(arm: str, tmp_path: Path) -> None:
+    whole = trained(arm, tmp_path / "whole")
+    broken = trained(arm, tmp_path / "broken", (2, 3))
+    assert torch.equal(torch.tensor(whole["losses"]), torch.tensor(broken["losses"]))
+    assert whole["held_out_loss"] == broken["held_out_loss"]
+    assert len(set(whole["losses"])) == 6
+
+
+@pytest.mark.slow
+def test_micro_batches_add_up(tmp_path: Path) -> None:
+    whole = trained("bf16", tmp_path / "whole", settings=replace(SETTINGS, micro=4))
+    parts = trained("bf16", tmp_path / "parts", settings=replace(SETTINGS, micro=1))
+    assert whole["losses"] == pytest.approx(parts["losses"], rel=1e-5)
+
+
+def test_every_seed_and_step_has_random_numbers_of_its_own() -> None:
+    draws = {torch.rand((), generator=torch.Generator().manual_seed(corpus.mixed(seed, 0))).item() for seed in range(9)}
+    assert len(draws) == 9
+    assert len({corpus.mixed(seed, step) for seed in range(4) for step in range(1000)}) == 4000
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(text: Path, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        more = [
+            "--arm",
+            "mxfp4",
+            "--steps",
+            "60",
+            "--save-every",
+            "10",
+            "--text",
+            str(text),
+            "--out",
+            str(tmp_path / out),
+        ]
+        return [sys.executable, str(SCRIPT), "train", *TINY, "--device", "cpu", *more]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    with subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline().startswith("step 20/60")
+        child.kill()
+    assert [path.suffix for path in (tmp_path / "killed").glob("dense-*")] == [".state"]
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    whole, killed = (json.loads((tmp_path / out / "dense-mxfp4-s0.json").read_text()) for out in ("whole", "killed"))
+    assert whole["losses"] == killed["losses"] and len(set(whole["losses"])) == 60
+    assert whole["held_out_loss"] == killed["held_out_loss"]
+
+
+# --- numbers and claims ----------------------------------------------------------------------------------------------
+
+
+def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) -> dict[str, Any]:
+    """A result of 20 steps that end at `loss`."""
+    made = {
+        "kind": "train",
+        "model": model,
+        "arm": arm,
+        "seed": seed,
+        "settings": {"steps": 20, "batch": 4, "lr": 1e-3, "dtype": "bfloat16", "shape": vars(SHAPE) | {"experts": 0}},
+        "command": f"train --arm {arm}",
+        "text": {"source": "<made up>", "train_tokens": 10**6, "held_out_tokens": 10**4, "bytes_per_token": 3.0},
+        "machine": {"device": "none", "torch": "2"},
+        "report": None if arm == "bf16" else {"fp4_share": 0.9},
+        "switch": 0.9 if arm.endswith("@0.9") else None,
+        "tokens_per_second": 1000.0,
+        "diverged": False,
+        "held_out_loss": loss + 0.1,
+        "losses": [loss + 1.0] * 18 + [loss - 0.5, loss + 0.5],
+    }
+    return made | more
+
+
+def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
+    """A probe of two batches."""
+    rows = {
+        arm: {
+            "bf16_losses": [2.0, 4.0],
+            "losses": [2.0 * (1 + error), 4.0 * (1 + error)],
+            "cosines": {"weights": [0.9, 0.8], "layers.0": [0.99, 0.97], "layers.0.attention.q_proj": [0.7, 0.5]},
+            "fp4_share": 0.9,
+        }
+        for arm, error in losses.items()
+    }
+    return result("", seed, 0.0) | {"kind": "probe", "arms": rows}
+
+
+def write_results(folder: Path, results: list[dict[str, Any]]) -> claims.Study:
+    folder.mkdir(exist_ok=True)
+    for index, made in enumerate(results):
+        (folder / f"{index}.json").write_text(json.dumps(made))
+    (folder / "tokenizer-0.json").write_text('{"model": {}}')
+    return claims.read_study(folder)
+
+
+@pytest.mark.parametrize(
+    ("differences", "answer"),
+    [
+        ([-0.010, -0.011, -0.009, -0.010], "below"),
+        ([0.010, 0.011, 0.009, 0.010], "above"),
+        ([-0.010, -0.011, -0.009], "unresolved"),  # three seeds carry nothing
+        ([-0.01, -0.02, -0.00, -0.01], "unresolved"),  # mean 0.010, spread 0.0082
+        ([-0.01, math.nan, -0.01, -0.01], "unresolved"),
+        ([0.0, 0.0, 0.0, 0.0], "unresolved"),
+        ([], "unresolved"),
+    ],
+)
+def test_the_rule_for_claims(differences: list[float], answer: str) -> None:
+    assert claims.verdict(differences) == answer
+
+
+def test_the_rule_asks_for_three_spreads_exactly() -> None:
+    values = [-1.0, -2.0, -3.0, -4.0]  # a spread of sqrt(5/3)
+    mean = 3 * math.sqrt(5 / 3)
+    assert claims.verdict([v + 2.5 - 1.001 * mean for v in values]) == "below"
+    assert claims.verdict([v + 2.5 - 0.999 * mean for v in values]) == "unresolved"
+
+
+def test_errors_are_relative_and_paired_by_seed(tmp_path: Path) -> None:
+    runs = [result("bf16", 0, 2.0), result("bf16", 1, 4.0), result("hif4", 0, 2.1), result("hif4", 1, 4.1)]
+    study_ = write_results(tmp_path, [*runs, result("hif4", 2, 9.0)])  # seed 2 has no BF16
+    assert study_.errors("dense", "hif4") == pytest.approx({0: 0.05, 1: 0.025})
+    assert study_.errors("dense", "hif4", claims.held_out_loss) == pytest.approx({0: 0.1 / 2.1, 1: 0.1 / 4.1})
+
+
+def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
+    gaps = {"bf16": 0.0, "hif4": 0.004, "mxfp4": 0.02, "nvfp4": 0.002}
+    noise = (0.0, 1e-4, -1e-4, 5e-5)
+    runs = [
+        result(arm, seed, (3.0 + seed) * (1 + gap + (noise[seed] if gap else 0) * (arm == "hif4")))
+        for arm, gap in gaps.items()
+        for seed in range(4)
+    ]
+    training, *_ = zip(*[iter(report.all_claims(write_results(tmp_path, runs), "dense"))] * 3, strict=True)
+    answers = [claim.answer for claim in training]
+    assert [answer.split("**")[1] for answer in answers] == ["yes", "yes", "no, the data say the opposite"]
+    assert answers[1].endswith("(paired difference -1.60% ± 0.01%, 4 seeds)")
+    few = write_results(tmp_path / "few", [run for run in runs if run["seed"] < 3])
+    assert all("unresolved" in claim.answer for claim in report.all_claims(few, "dense"))
+
+
+def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
+    runs = [result(arm, seed, 3.0) for arm in ("bf16", "hif4", "mxfp4") for seed in range(4)]
+    runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    made = write_results(tmp_path, runs)
+    assert "no: an arm diverged" in {claim.answer for claim in report.all_claims(made, "dense")}
+    (row,) = [row for row in report.loss_table(made, "dense") if row[0] == "HiF4"]
+    assert row[2:4] == ["diverged", "diverged"]
+    report.curves_figure(made, "dense")
+
+
+def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
+    other = result("hif4", 0, 2.1)
+    other["settings"] = other["settings"] | {"lr": 1.0}
+    with pytest.raises(BadInput, match="cannot be compared: lr differ"):
+        write_results(tmp_path, [result("bf16", 0, 2.0), other])
+
+
+def test_the_report(tmp_path: Path) -> None:
+    names = ("bf16", "hif4", "mxfp4", "hif4-plain", "hif4-plain+rht", "mxfp4-plain", "mxfp4-plain+sr", "hif4@0.9")
+    runs = [result(arm, seed, 2.0 + 0.01 * i) for i, arm in enumerate(names) for seed in (0, 1)]
+    runs += [result(arm, 0, 2.0 + 0.01 * i, "moe") for i, arm in enumerate(names[:2])]
+    made = write_results(tmp_path / "results", [*runs, probe_result(0, {"hif4": 0.01, "mxfp4": 0.04})])
+    assert report.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500 ± 0.0707"]
+    assert ["block input", "0.9800", "0.9800"] in report.cosine_table(made, "dense", report._kind)
+    assert ["layers.0, weights", "0.6000", "0.6000"] in report.cosine_table(made, "dense", report._block)
+    ablations = {tuple(row[:2]): row for row in report.ablation_table(made, "dense")}
+    assert ablations["HiF4", "Hadamard transform"][2:] == [
+        "+1.50% ± 0.00%",
+        "+2.00% ± 0.00%",
+        "+0.50% ± 0.00%",
+        "unresolved at this scale",
+    ]
+    assert {("MXFP4", "stochastic rounding"), ("HiF4", "BF16 for the last 10% of the steps")} < ablations.keys()
+
+    out = tmp_path / "docs"
+    report.write_report(made, out)
+    files = {path.name for path in out.iterdir()}
+    assert files == {"report.md", "report.html", "curves-dense.png", "curves-moe.png", "probe-dense.png"}
+    assert all((out / name).read_bytes().startswith(PNG) for name in files if name.endswith(".png"))
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
+    assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
+    shares = {row[0]: row[6] for row in report.loss_table(made, "dense")}
+    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "81.0%")
+    assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--arm", "hif5"], "unknown recipe 'hif5'"),
+        (["train", "--arm", "bf16", "--switch", "0.9"], "no FP4 to switch off"),
+        (["train", "--arm", "hif4", "--switch", "1.5"], "a fraction of the run must be in [0, 1), got 1.5"),
+        (["train", "--arm", "hif4", "--dim", "96"], "which does not divide --dim 96"),
+        (["train", "--arm", "hif4", "--micro", "3"], "--micro 3 does not divide --batch 4"),
+        (["train", "--arm", "bf16", "--text", "nowhere"], "--text nowhere: no such file or folder"),
+        (["train", "--arm", "bf16", "--steps", "9999"], "4 epochs are the most"),
+        (["train", "--arm", "bf16", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
+        (["train", "--arm", "bf16", "--backend", "referense"], "unknown backend 'referense'"),
+        (["run", "--arms", "bf16", "hif5"], "unknown recipe 'hif5'"),
+        (["probe", "--arms", "bf16"], "takes neither bf16 nor a switch"),
+        (["probe"], "no checkpoint of a bf16 arm there"),
+        (["probe", "--checkpoint", "nowhere.safetensors"], "--checkpoint nowhere.safetensors"),
+        (["report", "--results", "nowhere"], "nowhere: no results of study.py there"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    arguments: list[str],
+    message: str,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "_compile", lambda _: pytest.fail("compiled in spite of bad input"))
+    verb, *rest = arguments
+    sizes = {"train": TINY, "run": TINY, "probe": [], "report": []}[verb]
+    where = [] if verb == "report" else ["--text", str(text), "--device", "cpu"]
+    assert study.main([verb, *sizes, *where, "--out", str(tmp_path / "out"), *rest]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
+    sizes = ["--steps", "9", "--batch", "64", "--micro", "32"]
+    options = study.parse_options(["run", "--plan", "full", "--models", "moe", "--seeds", "7", *sizes])
+    found = study.children(options)
+    assert list(found) == ["moe bf16", "moe hif4", "moe mxfp4", "moe nvfp4"]
+    both = study.children(study.parse_options(["run", "--plan", "full", "--models", "dense", "--arms", "bf16", *sizes]))
+    assert study.parse_options(both["dense bf16"]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
+    child = study.parse_options(found["moe hif4"])
+    assert (child.verb, child.model, child.arm, child.seed) == ("train", "moe", "hif4", [7])
+    for name in ("micro", "batch", "steps", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
+        assert getattr(child, name) == getattr(options, name)
+
+
+@pytest.mark.slow
+def test_run_probe_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, shared = tmp_path / "out", ["--text", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
+    run = ["run", *TINY, *shared, "--jobs", "2", "--seeds", "0", "1", "--arms", "bf16", "hif4-plain"]
+    assert study.main(run) == 0
+    assert "2 of 2 arms are done" in capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    assert sum("dense-" in path.name for path in made) == 4
+    assert study.main(run) == 0  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == made
+    assert study.main(["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4"]) == 0
+    probed = json.loads((out / "probe-dense-s1.json").read_text())
+    for rows in probed["arms"].values():
+        assert 0 < abs(rows["losses"][0] / rows["bf16_losses"][0] - 1) < 0.05
+        assert set(rows["cosines"]) == {"weights", "layers.0"} | {
+            f"layers.0.{name}_proj"
+            for name in (*(f"attention.{n}" for n in "qkvo"), *(f"mlp.{n}" for n in ("gate", "up", "down")))
+        }
+        assert all(0.5 < value < 1 for values in rows["cosines"].values() for value in values)
+    assert study.main(["report", "--results", str(out), "--out", str(tmp_path / "docs")]) == 0
+    assert "hif4-plain" in (tmp_path / "docs" / "report.md").read_text().lower()
+    capsys.readouterr()
+    assert study.main(["train", *TINY, *shared, "--arm", "bf16", "--lr", "1"]) == 2
+    assert "made with other settings (lr 0.001 there, 1.0 now)" in capsys.readouterr().err
