@@ -18,7 +18,7 @@ pytestmark = needs_gpu
 
 PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
 RECIPES = (*PLAIN, "hif4", "mxfp4", "nvfp4")
-# Tokens and features that no block divides; features that a Hadamard transform of 64 divides, for recipes with one there.
+# Sizes that no block divides, and features that a Hadamard transform of 64 divides, for recipes that have one there.
 RAGGED, EVEN = ((250, 112, 200), (17, 72, 40)), ((256, 128, 384), (250, 64, 192), (17, 192, 64))
 LAYERS = [(recipe, sizes) for recipe in RECIPES for sizes in EVEN]
 LAYERS += [(recipe, sizes) for recipe in (*PLAIN, "nvfp4") for sizes in RAGGED]
