@@ -16,7 +16,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -300,7 +299,9 @@ def plan(
 
 def on_hopper(index: int) -> bool:
     """Whether `overlapped` runs on CUDA device number `index`: it is Hopper's, and Gluon's names change."""
-    return torch.cuda.get_device_capability(index)[0] == _HOPPER and version("triton").startswith(_GLUON)
+    import triton
+
+    return torch.cuda.get_device_capability(index)[0] == _HOPPER and triton.__version__.startswith(_GLUON)
 
 
 def planned(cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan:
