@@ -6,7 +6,8 @@
     python examples/study.py report --results out/study --out docs/study    # tables, figures, one page
 
 Each arm leaves a small file, so a study can be made by many commands, on several machines. A command that was killed
-goes on from its last checkpoint when it is given again, bit for bit. `--help` behind a verb lists its options.
+goes on from its last checkpoint when it is given again, bit for bit. `--help` behind a verb lists its options. From a
+bare checkout, with nothing installed: PYTHONPATH=. python examples/study.py ...
 """
 
 from __future__ import annotations

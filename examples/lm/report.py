@@ -127,7 +127,7 @@ def probe_table(study: Study, model: str) -> Table:
                 str(len(errors)),
                 with_spread(errors),
                 percent(statistics.fmean(batches), sign=False),
-                f"{cosines['weights']:.4f} ± {spread_of(results, arm):.4f}",
+                f"{cosines['weights']:.4f}" + spread_of(results, arm),
                 f"{worst} {places[worst]:.4f}",
             ]
         )
@@ -147,10 +147,11 @@ def place_means(results: Mapping[int, Result], arm: str) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def spread_of(results: Mapping[int, Result], arm: str) -> float:
-    """Spread over batches of the cosine of all weight gradients, as a mean over checkpoints."""
+def spread_of(results: Mapping[int, Result], arm: str) -> str:
+    """Spread over batches of the cosine of all weight gradients, as a mean over checkpoints; "" for one batch."""
     found = [result["arms"][arm]["cosines"]["weights"] for result in results.values() if arm in result["arms"]]
-    return statistics.fmean(mean_and_spread(values)[1] for values in found)
+    mean = statistics.fmean(mean_and_spread(values)[1] for values in found)
+    return f" ± {mean:.4f}" if math.isfinite(mean) else ""
 
 
 def _kind(place: str) -> str:
