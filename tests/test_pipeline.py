@@ -111,7 +111,10 @@ def test_a_wrong_order_is_an_error() -> None:
 
 
 def test_select() -> None:
-    assert Pipeline(PIPELINE).select(["canonicalise", "find_sites"]).passes == (PASSES["canonicalise"], PASSES["find_sites"])
+    assert Pipeline(PIPELINE).select(["canonicalise", "find_sites"]).passes == (
+        PASSES["canonicalise"],
+        PASSES["find_sites"],
+    )
     with pytest.raises(FP4ValueError, match=r"unknown pass 'fuze'; allowed: absorb, annotate.*Did you mean 'fuse'"):
         Pipeline(PIPELINE).select(["fuze"])
     with pytest.raises(FP4ValueError, match="pass 'fuse' needs"):
