@@ -407,6 +407,13 @@ def flops(site: Site) -> int:
     return total
 
 
+def runs_on_data(site: Site) -> bool:
+    """Whether a size of the GEMM depends on data, as the number of tokens of one expert in a loop does."""
+    tensors = (site.node, *map(site.operand, site.arguments))
+    sizes: list[Any] = [size for node in tensors for size in getattr(node.meta["val"], "shape", ())]
+    return any(not isinstance(size, int) and not size.node.has_hint() for size in sizes)
+
+
 def size_hint(size: Any) -> int:
     """The traced value of a size; 0 for one that depends on data."""
     if isinstance(size, int):

@@ -5,6 +5,7 @@
     baddbmm(b, x, w)             ->  b + bmm(x, w)
     mv(w, x)                     ->  squeeze(mm(w, unsqueeze(x)))
     _grouped_mm(x, w), 3-D both  ->  bmm(x, w)
+    transpose(w), w.mT           ->  permute(w)
     permute(permute(w))          ->  w, or one permute
     view(x), view(x)             ->  one view
 
@@ -76,6 +77,14 @@ def _of_stacks(node: Node) -> Answer:
     return Yes() if stacks else No("the tokens of its groups lie in one matrix")
 
 
+def _transposition(graph: Graph, node: Node) -> Node:
+    x, *axes = cast(tuple[Any, ...], node.args)
+    order = list(range(dims(x)))
+    first, second = (axis % len(order) for axis in axes or (-2, -1))
+    order[first], order[second] = order[second], order[first]
+    return call(graph, aten.permute.default, (x, order), node)
+
+
 def _of_permute(node: Node) -> Answer:
     inner = node.args[0]
     nested = isinstance(inner, Node) and inner.target is aten.permute.default
@@ -99,6 +108,7 @@ GEMM_RULES = (
     Rule("mv", (aten.mv.default,), _always, _mv),
     Rule("stacks", (aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
 )
+TRANSPOSITIONS = (Rule("transpose", (aten.transpose.int, aten.mT.default), _always, _transposition),)
 MOVE_RULES = (Rule("permute", (aten.permute.default,), _of_permute, _permute),)
 
 
@@ -112,5 +122,6 @@ class Canonicalise:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        done = apply(graph, GEMM_RULES) + apply(graph, MOVE_RULES)  # in turn: a linear becomes a permute
+        # In turn: a linear becomes a permute, and so does a transposition.
+        done = sum(apply(graph, rules) for rules in (GEMM_RULES, TRANSPOSITIONS, MOVE_RULES))
         return done + merge_equal(graph, lambda node: node.target in MOVES)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from fp4compile.graph import find_sites, flops
+from fp4compile.graph import find_sites, flops, runs_on_data
 from fp4compile.pipeline import Context
 from fp4compile.routers import find_routers
 
@@ -26,6 +26,11 @@ class FindSites:
         context.sites = find_sites(graph, context.parameters)
         for site in context.sites:
             site.flops = flops(site)
+        unknown = sum(runs_on_data(site) for site in context.sites)
+        if unknown:
+            context.notes.append(
+                f"{unknown} GEMMs have sizes that depend on data: their FLOPs are not known and count 0"
+            )
         context.routers |= find_routers(context.sites)
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
             if node.args[0] in context.parameters:

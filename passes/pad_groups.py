@@ -60,8 +60,8 @@ def _rewrite(graph: Graph, site: Site) -> None:
 
 def _is_padded(site: Site) -> bool:
     """Whether the GEMM reads ends that this pass has made."""
-    ends = site.node.args[cast(int, GEMM_OPS[site.node.target].ends)]
-    return isinstance(ends, Node) and ends.all_input_nodes[:1] != [] and ends.all_input_nodes[0].target is PAD
+    ends = cast(Node, site.node.args[cast(int, GEMM_OPS[site.node.target].ends)])
+    return ends.target is operator.getitem and cast(Node, ends.args[0]).target is PAD
 
 
 @dataclass(frozen=True)

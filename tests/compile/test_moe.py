@@ -31,6 +31,7 @@ from tests.compile.experts import (
     nearest,
     treatment,
 )
+from tests.helpers import export
 
 # transformers asks for the torch version through an lru_cache when its experts are bf16.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
@@ -144,6 +145,18 @@ def test_fp32_weights_that_are_cast() -> None:
         assert torch.equal(got[name], wanted[name].to(got[name].dtype)), name
 
 
+def test_exported_experts_are_packed() -> None:
+    """Weights of an inference graph are quantised once, in whatever layout the graph reads them."""
+    model, x = Grouped().bfloat16(), randn(50, 64, dtype=torch.bfloat16)
+    captured = export(model, (x, ENDS), "nvfp4-w4a4", decompose=False).until("insert_qdq")
+    wanted = captured.execute(x, ENDS)
+    captured.after("insert_qdq")
+    assert {str(n.target) for n in captured.module.graph.find_nodes(op="get_attr")} == {
+        f"{name}_{part}" for name in ("w1", "w2", "w3") for part in ("codes", "scales", "tensor_scale")
+    }
+    assert all(torch.equal(a, b) for a, b in zip(captured.execute(x, ENDS), wanted, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4"])
 def test_checkpointed_experts_are_rounded_with_the_same_bits(recipe: str) -> None:
@@ -242,6 +255,9 @@ def test_a_loop_over_experts_that_dynamo_captures(recipe: str) -> None:
     sites = fp4compile.last_report().sites
     assert {(s.status, s.role) for s in sites if s.parameter in ("up", "down")} == {("fp4", role) for role in ROLES}
     assert {s.reason for s in sites if s.path == "gate"} == {"router logits"}
+    assert fp4compile.last_report().notes == [
+        "24 GEMMs have sizes that depend on data: their FLOPs are not known and count 0"
+    ]
 
 
 def test_a_loop_over_experts_that_dynamo_leaves_to_python_is_reported() -> None:

@@ -14,6 +14,7 @@ from tests.helpers import randn, trace
 aten = torch.ops.aten
 X, W, BIAS = randn(4, 64), randn(64, 32, seed=1), randn(32, seed=2)
 BATCH, STACK = randn(3, 4, 64), randn(3, 64, 32, seed=1)
+HALVES = BATCH.bfloat16()
 
 REWRITES = {
     "addmm, alpha": (lambda x, w, b: torch.addmm(b, x, w, alpha=0.5), (X, W, BIAS), aten.addmm, aten.mm),
@@ -25,6 +26,13 @@ REWRITES = {
     "linear, 2-D": (lambda x, w: F.linear(x, w), (X, W.T), aten.linear, aten.mm),
     "linear, 4-D": (lambda x, w, b: F.linear(x[None], w, b), (BATCH, W.T, BIAS), aten.linear, aten.addmm),
     "linear, no tokens": (lambda x, w, b: F.linear(x, w, b), (X[:0], W.T, BIAS), aten.linear, aten.addmm),
+    "mT": (lambda x, w: torch.bmm(x, w.mT), (BATCH, STACK.mT.contiguous()), aten.mT, aten.permute),
+    "grouped, of stacks": (
+        lambda x, w: torch._grouped_mm(x, w),
+        (HALVES, STACK.bfloat16()),
+        aten._grouped_mm,
+        aten.bmm,
+    ),
     "linear of a permute": (lambda x, w: F.linear(x, w.permute(1, 0)), (X, W), aten.linear, aten.mm),
 }
 
@@ -85,6 +93,14 @@ def test_three_permutes_are_one() -> None:
     captured.run("canonicalise")
     assert len(captured.calls(aten.permute.default)) == 1
     assert torch.equal(captured.execute(BATCH)[0], BATCH.permute(2, 1, 0))
+
+
+def test_a_transposition_is_a_permute() -> None:
+    captured = trace(lambda x: x.transpose(-1, 0).transpose(1, 2), BATCH, decompose=False)
+    assert captured.run("canonicalise") == 3
+    (permute,) = captured.calls(aten.permute.default)
+    assert permute.args[1] == [2, 0, 1]
+    assert torch.equal(captured.execute(BATCH)[0], BATCH.permute(2, 0, 1))
 
 
 def test_equal_views_are_one() -> None:

@@ -5,7 +5,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401  # registers the op
 from torch import Tensor, nn
 
-from tests.helpers import Captured, capture, randn, same_bits, trace
+from tests.helpers import Captured, capture, randn, trace
 
 ENDS = torch.tensor([3, 3, 20], dtype=torch.int32)
 
@@ -66,11 +66,6 @@ def test_the_sites_are_grouped_and_in_every_role() -> None:
 
 
 def test_other_ops_are_left() -> None:
-    captured = trace(
-        lambda x, w: torch._grouped_mm(x, w, offs=None), randn(2, 4, 16).bfloat16(), randn(2, 16, 8).bfloat16()
-    )
-    before = captured.execute()
+    captured = trace(lambda x, w: torch._grouped_mm(x, w), randn(2, 4, 16).bfloat16(), randn(2, 16, 8).bfloat16())
     assert captured.run("unwrap") == 0
-    assert captured.run("canonicalise") == 1  # two stacks are batches
-    assert captured.calls(torch.ops.aten.bmm.default)
-    assert same_bits(captured.execute(), before)
+    assert captured.calls(torch.ops.aten._grouped_mm.default)
