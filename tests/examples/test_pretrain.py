@@ -87,7 +87,7 @@ def made_up(pretrain: ModuleType, recipes: list[str], steps: int = 40) -> tuple[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipes", "hif5"], "unknown recipe 'hif5'; allowed: hif4, hif4-plain"),
+        (["--recipes", "hif5"], "unknown recipe 'hif5'; allowed: "),
         (["--recipes", "missing.toml"], "cannot read recipe 'missing.toml'"),
         (["--dim", "128", "--heads", "3"], "--heads 3 does not divide --dim 128"),
         (["--dim", "64", "--heads", "64"], "even head size"),
