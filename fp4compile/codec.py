@@ -129,7 +129,7 @@ def _encode_e8m0(
 
 def _gaussian_exponent(mag: Tensor, top: float) -> Tensor:
     """floor(log2) of the least-error scale of normally distributed blocks with the root mean square of these."""
-    rms = (_tree_sum(mag * mag) / mag.shape[-1]).sqrt()
+    rms = (_tree_sum(mag * mag) / _divisor(mag.shape[-1], mag)).sqrt()
     return torch.frexp(rms * (_GAUSSIAN_PEAK / top)).exponent.to(torch.int64) - 1
 
 
@@ -366,14 +366,8 @@ def tensor_scale(x: Tensor, fmt: Format, scale_rule: str | None = None) -> Tenso
     mag = x.detach().abs().to(torch.float32)
     mag = torch.where(mag.isfinite(), mag, 0.0)
     amax = mag.amax() if mag.numel() else mag.new_zeros(())
-    scale = (amax / _divisor(tensor_scale_divisor(fmt, scale_rule), mag)).clamp(min=TENSOR_SCALE_MIN)
+    scale = (amax / _divisor(row.most * fmt.element.max * row.peaks[0], mag)).clamp(min=TENSOR_SCALE_MIN)
     return torch.where(amax == 0, 1.0, scale)
-
-
-def tensor_scale_divisor(fmt: Format, scale_rule: str | None) -> float:
-    """What the largest magnitude of a tensor is divided by to give its scale."""
-    row = fmt.scaling(scale_rule)
-    return row.most * fmt.element.max * row.peaks[0]
 
 
 def _scaled(

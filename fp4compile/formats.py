@@ -80,7 +80,8 @@ class ScaleRule:
         most: the largest block scale that the scale of a whole tensor leaves room for.
         upward: whether the scale is rounded up.
         shrink: factor on values that are scaled already, before they are rounded.
-        gaussian: the block's scale follows from its root mean square and not from its maximum.
+        gaussian: the block's scale follows from its root mean square and not from its maximum; zeros that fill up the
+            last block count.
     """
 
     truncation_free: bool

@@ -162,3 +162,26 @@ def test_a_requantised_operand_is_made_from_what_the_forward_read(scaled: str) -
     text = captured.text
     assert captured.run("insert_qdq") == 0
     assert captured.text == text
+
+
+class Twice(nn.Module):
+    """One layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(self.layer(x)))
+
+
+def test_each_call_of_a_layer_requantises_what_it_read() -> None:
+    captured = capture(Twice(), [randn(8, 64).requires_grad_()], "tetrajet").until("insert_qdq")
+    assert {site.status for site in captured.sites} == {"fp4"}
+    sources = {}
+    for site in captured.sites:
+        if site.role != "dgrad":
+            quantized = site.operand("input").args[0].args[0]
+            sources.setdefault(site.role, []).append(quantized.args[0])
+    read = [values.args[0].args[0].args[0] for values in sources["wgrad"]]  # what the forward quantised
+    assert set(read) == set(sources["forward"]) and len(set(read)) == 2
