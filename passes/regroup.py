@@ -35,7 +35,7 @@ _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
 
 
 def _is_transposed(x: Node) -> bool:
-    return x.target is aten.permute.default and list(cast(list[int], x.args[1])) == [0, 2, 1]
+    return x.target is aten.permute.default and [d % dims(x) for d in cast(list[int], x.args[1])] == [0, 2, 1]
 
 
 def _unmoved(x: Node) -> Node:
@@ -73,7 +73,7 @@ class _Order:
 class _Rewriter:
     graph: Graph
     weights: dict[Node, str]
-    orders: dict[tuple[Node, Any], _Order] = field(default_factory=dict)
+    orders: dict[tuple[Node, int], _Order] = field(default_factory=dict)
     sorted_rows: dict[tuple[Node, Node], Node] = field(default_factory=dict)
 
     def product(self, node: Node) -> Node | None:
@@ -84,9 +84,11 @@ class _Rewriter:
             if inner.target is not aten.index.Tensor or inner.args[0] not in self.weights:
                 continue
             weight, expert = cast(Node, inner.args[0]), _expert(inner.args[1])
-            if expert is None or dims(weight) != 3 or other.meta["val"].shape[axis] != 1:
+            experts = weight.meta["val"].shape[0]
+            fits = dims(weight) == 3 and other.meta["val"].shape[axis] == 1 and isinstance(experts, int)
+            if expert is None or not fits:
                 continue
-            order = self._order(expert, weight.meta["val"].shape[0], node)
+            order = self._order(expert, experts, node)
             rows = self._sorted(self._rows(other, axis, node), order, node)
             if transposed != (axis == 2):  # [experts, K, N] is wanted, and a matrix on the left is [N, K]
                 weight = call(self.graph, aten.permute.default, (weight, [0, 2, 1]), node)
@@ -99,18 +101,16 @@ class _Rewriter:
         """The grouped form of outer products that are summed by expert."""
         zeros, indices, values, *accumulate = cast(tuple[Any, ...], node.args)
         product, transposed = _untransposed(values)
-        expert = _expert(indices)
-        if (
-            (expert, node.meta["val"].shape[0]) not in self.orders
-            or accumulate != [True]
-            or product.target is not aten.bmm.default
-        ):
+        if product.target is not aten.bmm.default or accumulate != [True]:
             return None
         a, b = cast(tuple[Node, Node], product.args)
         empty = zeros.target is aten.full.default and zeros.args[1] == 0
         if not empty or a.meta["val"].shape[2] != 1 or node.meta["val"].dtype != product.meta["val"].dtype:
             return None
-        order = self.orders[cast(Node, expert), node.meta["val"].shape[0]]
+        expert, experts = _expert(indices), node.meta["val"].shape[0]
+        order = self.orders.get((expert, experts)) if expert and isinstance(experts, int) else None
+        if order is None:  # no products of these experts were grouped
+            return None
         left, right = (self._sorted(self._rows(x, axis, product), order, product) for x, axis in ((a, 2), (b, 1)))
         left = call(self.graph, aten.permute.default, (left, [1, 0]), product)
         out = call(self.graph, MM, (left, right, order.ends), product)
@@ -131,13 +131,12 @@ class _Rewriter:
             self.sorted_rows[key] = call(self.graph, aten.index.Tensor, (rows, [order.order]), like)
         return self.sorted_rows[key]
 
-    def _order(self, expert: Node, experts: Any, like: Node) -> _Order:
+    def _order(self, expert: Node, experts: int, like: Node) -> _Order:
         key = (expert, experts)
         if key not in self.orders:
             value = expert.meta["val"]
-            counted = call(
-                self.graph, aten.remainder.Scalar, (expert, experts), like
-            )  # an index may count from the end
+            # An index may count from the end.
+            counted = call(self.graph, aten.remainder.Scalar, (expert, experts), like)
             both = call(self.graph, aten.sort.stable, (counted,), like, stable=True)
             sorted_, order = (call(self.graph, operator.getitem, (both, i), like) for i in (0, 1))
             options = {"start": 0, "step": 1, "dtype": value.dtype, "device": value.device, "requires_grad": False}

@@ -383,6 +383,22 @@ def test_batched_experts_are_grouped(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_any_number_of_tokens_in_one_graph(implementation: str) -> None:
+    model = _model("qwen3_moe", experts_implementation=implementation)
+    torch._dynamo.reset()
+    counters.clear()
+    options = {"recipe": "nvfp4", "backend": "reference"}
+    fp4 = torch.compile(model, backend="fp4compile", dynamic=True, options=options)
+    for tokens in (37, 21, 50):
+        model.zero_grad()
+        fp4(input_ids=torch.randint(3, 60, (2, tokens)), use_cache=False).logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert counters["stats"]["unique_graphs"] == 1
+    _check(fp4compile.last_report(), model, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", MAIN)
 def test_bf16_experts_under_inductor(recipe: str) -> None:
     """torch's own grouped GEMM, which transformers calls in bf16."""
