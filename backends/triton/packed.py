@@ -4,7 +4,6 @@
         1 … 16 tokens      ->  few_tokens
         17 … 511           ->  arrange, many_tokens or, on Hopper, overlapped
         more, or not bf16  ->  dequantize, a dense GEMM
-    grouped_mm(a [T, K], codes [E, N, K/2], ends [E], …)  ->  few_tokens, a weight for each group of tokens
 
 Past 511 tokens the weight is decoded once instead of in every tile. Where exactly the two cross was not measured.
 """
@@ -14,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from torch import Tensor
 from fp4compile.backend import No
 from fp4compile.backends.triton import codec
 from fp4compile.backends.triton.launch import capturing, ceil_div, current, kernels, lasting_zeros, round_up
-from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.formats import E2M1, FORMATS, S1P2
 
 _KERNELS = "packed_kernels"
@@ -286,7 +284,6 @@ def plan(
         "GROUPS": cut.warps // cut.slices,
         "SLICES": cut.slices,
         "TOKENS": 1 if m == 1 else cut.tokens,
-        "EXPERTS": 0,
     }  # fmt: skip
     tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
     whole = even and columns == padded
@@ -403,10 +400,9 @@ def _multiply_in_parts(
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
     planned: Plan,
-    ends: Tensor | None = None,
 ) -> None:
     (m, n), cut = y.shape, planned.cut
-    grid = cut.grid(m if ends is None else _most_tiles(m, ends.shape[0], cut.tokens) * cut.tokens, n)
+    grid = cut.grid(m, n)
     partial = counted = None
     if cut.parts > 1:
         tiles = grid[0] * grid[1]
@@ -419,99 +415,14 @@ def _multiply_in_parts(
         steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
     kernel = getattr(kernels(_KERNELS), cut.kernel)[grid]
     unit = planned.constants["UNIT"]
-    units, words = codes.shape[-1] * 2 // unit, codes.view(torch.int32)
+    units, words = codes.shape[1] * 2 // unit, codes.view(torch.int32)
     if unit > planned.constants["BLOCK"]:
         scales = scales.view(torch.int32)
     kernel(
         x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
-        M=m, N=n, K=planned.columns, x_stride=x.stride(0), units=units, steps=steps,
-        **({"ends_ptr": ends} if cut.kernel == "few_tokens" else {}),
+        m, n, planned.columns, x.stride(0), units, steps,
         **planned.constants, num_warps=cut.warps, **_options(planned),
     )  # fmt: skip
-
-
-# --- groups ----------------------------------------------------------------------------------------------------------
-
-
-def _most_tiles(tokens: int, experts: int, size: int) -> int:
-    """The most tiles of so many tokens that groups of them can take: each of these begins a tile."""
-    return min(tokens, (tokens + experts * (size - 1)) // size)
-
-
-def plan_grouped(cut: Cut, experts: int, n: int, k: int, format: str, block_2d: bool, plain: bool) -> Plan:
-    """The plan of GEMMs of groups of tokens, a weight [n, k] each, by `few_tokens`."""
-    planned = plan(cut, cut.tokens, n, k, format, block_2d, overlap=False, plain=plain)
-    return replace(planned, constants={**planned.constants, "EXPERTS": experts})
-
-
-@lru_cache(maxsize=4096)
-def _chosen_grouped(m: int, experts: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan | None:
-    """The table's first cut for the mean number of tokens of an expert, 16 at most, with enough programs."""
-    device = torch.cuda.get_device_properties(index)
-    shared = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-    mean = min(max(ceil_div(m, experts), 2), 16)  # 1 has cuts for a single token in all
-    busy = min(m, experts)
-    cut = default(mean, n * busy, k, format, device.multi_processor_count, shared, on_hopper=False)
-    return None if cut is None else plan_grouped(cut, experts, n, k, format, block_2d, plain=False)
-
-
-def multiply_grouped(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    ends: Tensor,
-    a_tensor_scale: Tensor | None,
-    b_tensor_scale: Tensor | None,
-    planned: Plan,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `grouped_mm`, of contiguous operands and cut as given."""
-    y = x.new_zeros((x.shape[0], codes.shape[1]), dtype=dtype)
-    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, planned, ends)
-    return y
-
-
-def grouped_mm(
-    a: Tensor,
-    b: Tensor,
-    ends: Tensor,
-    b_scales: Tensor,
-    a_tensor_scale: Tensor | None,
-    b_tensor_scale: Tensor | None,
-    b_format: str,
-    b_block_2d: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """GEMMs of groups of tokens with packed weights: fp32 accumulation, tensor scales, one rounding.
-
-    Nothing is read on the host. Meant for decoding, some 16 tokens an expert: with more a weight is decoded as often as
-    16 tokens have it.
-
-    Args:
-        a: [T, K] in bf16, sorted by expert.
-        b, b_scales: [E, N, K/2] codes, K padded to whole blocks, and their scales.
-        ends: [E], where each expert's tokens end; those behind the last belong to none, and their rows are zero.
-        a_tensor_scale, b_tensor_scale: one fp32 number each, or None.
-
-    Returns:
-        [T, N] in `dtype`, a's by default.
-
-    Raises:
-        FP4TypeError: a is not in bf16.
-        FP4ValueError: no cut of the table finds room on the device, or reads the format.
-    """
-    if a.dtype != torch.bfloat16:
-        raise FP4TypeError(f"GEMMs of groups with packed weights take tokens in bf16, not {a.dtype}")
-    (m, k), (experts, n, _) = a.shape, b.shape
-    if m == 0 or n == 0 or k == 0 or experts == 0:
-        return a.new_zeros((m, n), dtype=dtype or a.dtype)
-    with current(a.device):
-        planned = _chosen_grouped(m, experts, n, k, b_format, b_block_2d, a.device.index)
-        if planned is None:
-            raise FP4ValueError(f"no packed GEMM of {experts} weights [{n}, {k}] in {b_format} on {a.device}")
-        x = a.detach() if a.stride(1) == 1 else a.contiguous()
-        parts = (b.contiguous(), b_scales.contiguous(), ends.to(torch.int32), a_tensor_scale, b_tensor_scale)
-        return multiply_grouped(x, *parts, planned, dtype or a.dtype)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
