@@ -84,10 +84,11 @@ class TestOnGpu:
             moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in sample.items()}
             assert_close(OPS["grouped_mm"].overload(**moved), sample)
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     def test_padding_is_that_of_the_cpu_and_waits_for_nothing(self) -> None:
         given = [(s["tokens"].cuda(), s["ends"].cuda(), s["multiple"]) for s in OPS["pad_groups"].samples()]
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             made = [OPS["pad_groups"].overload(*arguments) for arguments in given]
         finally:
             torch.cuda.set_sync_debug_mode("default")

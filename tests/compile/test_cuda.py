@@ -80,6 +80,8 @@ def test_a_block_is_as_close_to_fp32_as_the_oracle(recipe: str) -> None:
         assert relative(value.float(), exact[name], name) < 1.5 * oracle + BF16_ROUNDING, name
 
 
+# torch records an empty graph first, for the memory that the others share, and drops its own warning of that.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("recipe", ["hif4", "mxfp4", "nvfp4"])
 def test_cuda_graphs_give_the_same_step(recipe: str) -> None:
     model = build(lambda: nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 64))).bfloat16().cuda()
