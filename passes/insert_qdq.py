@@ -34,6 +34,7 @@ from fp4compile.recipe import Operand
 from fp4compile.rewrite import call, size_of, through_permute
 
 aten = torch.ops.aten
+PAD = OPS["pad_groups"].overload
 
 
 def _forward_values(site: Site, name: str, sites: Sequence[Site]) -> tuple[Node, Node | None]:
@@ -44,6 +45,15 @@ def _forward_values(site: Site, name: str, sites: Sequence[Site]) -> tuple[Node,
     codes = cast(Node, values.args[0])
     quantized = cast(Node, codes.args[0])
     return values, cast("Node | None", quantized.kwargs.get("tensor_scale"))
+
+
+def _laid_out_as(graph: Graph, operand: Node, values: Node, like: Node) -> Node:
+    """The values, their groups of tokens padded where those of the operand are."""
+    pad = operand.args[0] if operand.target is operator.getitem else None
+    if not isinstance(pad, Node) or pad.target is not PAD:
+        return values
+    padded = call(graph, PAD, (values, *pad.args[1:]), like)
+    return call(graph, operator.getitem, (padded, 0), like)
 
 
 def _product(graph: Graph, scales: Sequence[Node | None], like: Node) -> Node | None:
@@ -60,7 +70,8 @@ def _qdq(graph: Graph, site: Site, name: str, spec: Operand, sites: Sequence[Sit
     scale = left_out = None
     options: dict[str, Any] = {}
     if spec.requantise:
-        base, left_out = _forward_values(site, name, sites)
+        values, left_out = _forward_values(site, name, sites)
+        base = _laid_out_as(graph, base, values, like)
     if spec.scale_rule is not None:
         options["scale_rule"] = spec.scale_rule
     if spec.scaled_per_tensor:

@@ -154,7 +154,7 @@ def test_what_else_an_operand_gets(tmp_path):
     recipe.Recipe("deep", recipe.resolve("nvfp4-w4a16").rules, keep_first_n=1, keep_last_n=2).save(
         tmp_path / "deep.toml"
     )
-    kept = "kept in high precision: output heads; the first 1 blocks; the last 2 blocks"
+    kept = "kept in high precision: output heads; routers; the first 1 blocks; the last 2 blocks"
     assert kept in output("recipes", tmp_path / "deep.toml").splitlines()
 
 

@@ -89,6 +89,7 @@ def test_each_precision_compiles_once_over_one_set_of_parameters(monkeypatch: py
     schedule = Schedule(model, {0.0: "hif4-plain", 0.3: "nvfp4-plain", 0.6: "hif4-plain", 0.8: None}, 10, options=EAGER)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
+    torch._dynamo.utils.counters.clear()
     graphs, eager, losses = [], [], []
     for step in range(10):
         eager.append(model(x).detach())

@@ -122,6 +122,43 @@ def test_grouped_experts_are_fp4_experts_in_a_loop(recipe: str, backend: str) ->
     assert all((s.kind, s.status) == ("grouped", "fp4") for s in sites)
 
 
+class _OneExpert(nn.Module):
+    """A stack of weights of which one takes every token; the others are zeros, and so are the tokens before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 128, 256, dtype=torch.bfloat16))
+        self.weight.data[1] = randn(128, 256, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([13, 63, 63, 63], dtype=torch.int32)
+        return torch._grouped_mm(torch.cat([x.new_zeros(13, 128), x]), self.weight, offs=ends)[13:]
+
+
+class _OneLinear(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4-tseng", "quartet", "fp4-all-the-way", "tetrajet", "tetrajet-v2", "quartet2"])
+def test_an_expert_that_takes_every_token_is_a_linear_layer(recipe: str) -> None:
+    """Bit for bit, for recipes that quantise operands again, clip gradients, or scale by numbers of their own."""
+    experts = _OneExpert()
+    dense = _OneLinear(experts.weight.data[1])
+    x = randn(50, 128, dtype=torch.bfloat16)
+    wanted, got = (step(compiled(model, nearest(recipe)), x).tensors for model in (dense, experts))
+    sites = fp4compile.last_report().sites
+    assert {(s.kind, s.status) for s in sites if s.role != "forward"} == {("grouped", "fp4")}
+    assert not got["weight"][[0, 2, 3]].any()
+    got["weight"] = got["weight"][1]
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), name
+
+
 class _Cast(Grouped):
     """fp32 weights that experts use in bf16, as torchtitan does."""
 

@@ -148,16 +148,6 @@ def test_what_cannot_be_requantised_says_why() -> None:
     assert wgrad.status == "refused" and "which forward GEMM read it is not certain" in wgrad.reason
 
 
-def test_a_constant_tensor_scale_is_one_too() -> None:
-    """4/3 of `floor-3/4` goes to the accumulator, which no grouped GEMM offers."""
-    spec = Operand("mxfp4", scale_rule="floor-3/4")
-    captured = linear(Recipe("test", (Rule("forward", weight=spec),)), parameter="up.weight")
-    captured.context.strict = False
-    captured.sites[0].kind = "grouped"
-    captured.run("annotate")
-    assert captured.sites[0].reason == "no grouped GEMM applies a per-tensor scale to its accumulator"
-
-
 def test_modules_outside_the_blocks_have_no_depth() -> None:
     captured = linear(Recipe("test", (Rule("forward", weight=HIF4),), keep_last=0.5), parameter="projector.weight")
     captured.context.depths = {"layers": 2}
