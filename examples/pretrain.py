@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm.arms import check_widths
 from lm.files import files_of, python_sources, read_file, shuffled
 from lm.machine import BadInput, check_folder, machine_name, pick_device, pick_dtype, positive, synchronise
 from lm.model import Llama, Shape, learning_rate, make_model, make_optimizer
@@ -102,23 +103,6 @@ def resolve_recipes(names: Sequence[str]) -> list[Recipe]:
         if found.setdefault(recipe.name, recipe) != recipe:
             raise BadInput(f"--recipes: two different recipes are named {recipe.name!r}")
     return list(found.values())
-
-
-def check_shapes(options: argparse.Namespace, recipes: Sequence[Recipe]) -> None:
-    """Refuse sizes that would fail only once the first arm has been trained."""
-    if options.dim % options.heads:
-        raise BadInput(f"--heads {options.heads} does not divide --dim {options.dim}")
-    if options.dim // options.heads % 2:
-        raise BadInput(f"rotary positions need an even head size; --dim / --heads is {options.dim // options.heads}")
-    for recipe in recipes:
-        size = max((operand.hadamard for operand in recipe.operands), default=0)
-        for name in ("dim", "ff"):
-            width = getattr(options, name)
-            if size and width % size:
-                raise BadInput(
-                    f"recipe {recipe.name} uses a Hadamard transform of size {size}, "
-                    f"which does not divide --{name} {width}"
-                )
 
 
 # --- the text -----------------------------------------------------------------------------------------------
@@ -458,7 +442,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     device = pick_device(options.device)
     options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
     recipes = resolve_recipes(options.recipes)
-    check_shapes(options, recipes)
+    check_widths(options, recipes)
     text = read_text(options.text, options.sequence)
     check_folder(options.out)
     arms = make_arms(recipes, options.dtype)
