@@ -118,8 +118,8 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
         items.append(item)
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        names = f"{', '.join(missing[:8])}{more}"
-        raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {names}{_advice(missing, source)}")
+        lacking = f"{', '.join(missing[:8])}{more}"
+        raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {lacking}{_advice(missing, source)}")
     return items + [_Item(name, entry) for name, entry in source.items() if name not in used]
 
 
