@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -117,8 +118,22 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
         items.append(item)
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {', '.join(missing[:8])}{more}")
+        lacking = f"{', '.join(missing[:8])}{more}"
+        raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {lacking}{_advice(missing, source)}")
     return items + [_Item(name, entry) for name, entry in source.items() if name not in used]
+
+
+def _advice(missing: Iterable[str], source: Iterable[str]) -> str:
+    """What to do about tensors that transformers stacks from numbered ones of a checkpoint, as it does with experts."""
+    for name in missing:
+        part = re.compile(rf"{re.escape(name.rpartition('.')[0])}\.\d+\.")
+        found = next(filter(part.match, source), None)
+        if found:
+            return (
+                f"; it holds {found!r} and its like, which transformers stacks as it loads them: "
+                "load the model with transformers, and convert that"
+            )
+    return ""
 
 
 def _check(item: _Item, shape: tuple[int, ...], what: str) -> None:

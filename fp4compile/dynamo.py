@@ -134,7 +134,7 @@ def warn_unmatched(recipe: Recipe, root: nn.Module | None) -> None:
         return
     names = [name for name, _ in root.named_modules() if name] + [name for name, _ in root.named_parameters()]
     for glob in recipe.globs:
-        if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
+        if glob != "*" and not any(fnmatchcase(name, glob) for name in ("", *names)):  # "" is the root itself
             near = get_close_matches(glob, names, n=1, cutoff=0.0)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             warnings.warn(f"{glob!r} of recipe {recipe.name!r} matches no module{hint}", FP4Warning, stacklevel=2)

@@ -197,6 +197,10 @@ class Format:
         """Whether a number for the whole tensor multiplies what codes and block scales say, under `scale_rule`."""
         return self.has_tensor_scale or self.scaling(scale_rule).shrink != 1.0
 
+    def is_scaled_by_amax(self, scale_rule: str | None) -> bool:
+        """Whether that number follows from the largest value of the tensor, under `scale_rule`."""
+        return self.has_tensor_scale and self.scaling(scale_rule).shrink == 1.0
+
 
 E2M1 = Element("E2M1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), tie="even")
 S1P2 = Element("S1P2", (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), tie="away")

@@ -11,7 +11,11 @@ A per-tensor scale stays out of the operands, so that these are exact in bf16; i
     mm(a, b)                 ->  fp4compile.mm(a, b, a_tensor_scale=..., b_tensor_scale=...)
     _grouped_mm(a, b, ends)  ->  fp4compile.grouped_mm(a, b, ends, a_tensor_scale=..., b_tensor_scale=...)
 
-The tokens of all experts have one scale, and so has a stack of weights.
+The tokens of all experts have one scale, and so has a stack of weights. What lies behind the tokens of the last
+expert may be anything, as grouped GEMMs leave it unwritten: it is zero where such a scale is taken.
+
+    %inside = lt(iota(tokens), select(%ends, 0, -1))
+    %x      = where(unsqueeze(%inside, 1), %x, 0)
 
 A backward operand that the recipe requantises is made from the dequantised form that the forward GEMM reads; the tensor
 scale which that leaves out goes to the accumulator as well.
@@ -27,14 +31,26 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fp4compile.formats import FORMATS
 from fp4compile.graph import GEMM_OPS, Site, forward_of
+from fp4compile.grouped import token_axes
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.recipe import Operand
-from fp4compile.rewrite import call, size_of, through_permute
+from fp4compile.rewrite import call, merge_equal, size_of, through_permute
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 PAD = OPS["pad_groups"].overload
+# Merged at once: one tensor that several GEMMs read stays one, and its quantisations share random numbers.
+_CLEARING = (
+    aten.sym_size.int,
+    aten.select.int,
+    prims.iota.default,
+    aten.lt.Tensor,
+    aten.unsqueeze.default,
+    aten.full.default,
+    aten.where.self,
+)
 
 
 def _forward_values(site: Site, name: str, sites: Sequence[Site]) -> tuple[Node, Node | None]:
@@ -56,6 +72,29 @@ def _laid_out_as(graph: Graph, operand: Node, values: Node, like: Node) -> Node:
     return call(graph, operator.getitem, (padded, 0), like)
 
 
+def _axis_of_tokens(site: Site, name: str) -> int | None:
+    """The axis of an operand, below its permute, that runs over groups of tokens and over what no group holds."""
+    op = GEMM_OPS[site.node.target]
+    if op.ends is None or site.contracts_tokens_of_groups:  # these are padded, without what no group holds
+        return None
+    a, b = (cast(Node, site.node.args[i]).meta["val"] for i in (op.a, op.b))
+    axis = token_axes(a, b)[(op.a, op.b).index(site.arguments[name])]
+    return None if axis is None else through_permute(site.operand(name), axis)[1]
+
+
+def _cleared_behind_groups(graph: Graph, site: Site, base: Node, axis: int) -> Node:
+    """The operand with zeros for what lies behind the last group."""
+    like, value = site.node, base.meta["val"]
+    ends = cast(Node, like.args[cast(int, GEMM_OPS[like.target].ends)])
+    last = call(graph, aten.select.int, (ends, 0, -1), like)
+    options = {"start": 0, "step": 1, "dtype": torch.int64, "device": value.device, "requires_grad": False}
+    each = call(graph, prims.iota.default, (size_of(graph, base, axis),), like, **options)
+    inside = call(graph, aten.lt.Tensor, (each, last), like)
+    inside = call(graph, aten.unsqueeze.default, (inside, 1 - axis), like)
+    zero = call(graph, aten.full.default, ([], 0), like, dtype=value.dtype, device=value.device)
+    return call(graph, aten.where.self, (inside, base, zero), like)
+
+
 def _product(graph: Graph, scales: Sequence[Node | None], like: Node) -> Node | None:
     first, second = scales
     if first is None or second is None:
@@ -75,6 +114,9 @@ def _qdq(graph: Graph, site: Site, name: str, spec: Operand, sites: Sequence[Sit
     if spec.scale_rule is not None:
         options["scale_rule"] = spec.scale_rule
     if spec.scaled_per_tensor:
+        tokens = _axis_of_tokens(site, name)
+        if tokens is not None and FORMATS[spec.format].is_scaled_by_amax(spec.scale_rule):
+            base = _cleared_behind_groups(graph, site, base, tokens)
         scale = call(graph, OPS["tensor_scale"].overload, (base, spec.format), like, **options)
         options["tensor_scale"] = scale
     quantized = call(graph, OPS["quantize"].overload, (base, spec.format, axis), like, **options)
@@ -126,4 +168,7 @@ class InsertQDQ:
     gives: ClassVar[tuple[str, ...]] = ("qdq",)
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
-        return sum(_rewrite(graph_module.graph, site, context.sites) for site in context.sites if site.status == "fp4")
+        graph = graph_module.graph
+        done = sum(_rewrite(graph, site, context.sites) for site in context.sites if site.status == "fp4")
+        merge_equal(graph, lambda node: bool(node.meta.get("fp4compile")) and node.target in _CLEARING)
+        return done

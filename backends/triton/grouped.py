@@ -5,7 +5,7 @@
 
 It reads the ends of the groups on the device from compute capability 9.0 on; on older devices torch reads them on the
 host. Its result is bf16, so that a tensor scale costs a second rounding: up to 2^-8 of a value beside the 2^-8 of the
-one that the op has. What lies behind the last group it leaves unwritten, where the op has zeros.
+one that the op has. What lies behind the last group torch leaves unwritten; it is filled with zeros, as the op has it.
 """
 
 from __future__ import annotations

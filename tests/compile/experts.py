@@ -77,14 +77,14 @@ class _HandGrouped(torch.autograd.Function):
         ctx.save_for_backward(x, weight, ends)
         ctx.how = how
         parts = _split(x, ends)
-        products = _products(parts, list(weight.mT), how["forward"])
+        products = _products(parts[:-1], list(weight.mT), how["forward"])
         return torch.cat([*products, x.new_zeros(len(parts[-1]), weight.shape[2])])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         parts = _split(grad, ends)
-        products = _products(parts, list(weight), ctx.how["dgrad"])
+        products = _products(parts[:-1], list(weight), ctx.how["dgrad"])
         dx = torch.cat([*products, x.new_zeros(len(parts[-1]), weight.shape[1])])
         rows, columns = (([part.T for part in _split(t, ends)[:-1]]) for t in (grad, x))
         dw = torch.stack(_products(rows, columns, ctx.how["wgrad"])).mT

@@ -224,6 +224,33 @@ def test_what_lies_behind_the_last_expert_counts_for_nothing() -> None:
         assert torch.equal(got[name][:31], wanted[name][:31]), name
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-plain"])
+def test_a_tensor_scale_is_that_of_the_tokens_of_experts(recipe: str) -> None:
+    """Whatever a buffer holds behind them, in the input and in the gradient; torch leaves such rows unwritten."""
+    model, _ = _experts(RECIPES.get(recipe))
+    fp4, found = compiled(model, recipe), []
+    for behind in (0.0, 1e15):
+        x, grad = (randn(61, 64, seed=seed, dtype=torch.bfloat16) for seed in (0, 7))
+        x[50:], grad[50:] = behind, behind
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = fp4(x.requires_grad_(), ENDS)
+        out.backward(grad)
+        assert x.grad is not None
+        found.append([out[:50], x.grad[:50], *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
+
+
+def test_symbolic_numbers_of_tokens_draw_the_same_bits() -> None:
+    """What is cleared behind the tokens of experts is one tensor, however many GEMMs read it."""
+    model, _ = _experts(RECIPES.get("nvfp4"))
+    x = randn(50, 64, dtype=torch.bfloat16)
+    wanted = _step(compiled(model, "nvfp4"), x)
+    torch._dynamo.reset()
+    options = {"recipe": "nvfp4", "backend": "reference"}
+    assert _step(torch.compile(model, backend="fp4compile", dynamic=True, options=options), x).worst(wanted) == 0.0
+
+
 @pytest.mark.parametrize("recipe", ["hif4-plain", "nvfp4-plain"])
 def test_another_routing_makes_no_other_graph(recipe: str) -> None:
     model, by_loop = _experts(RECIPES.get(recipe))

@@ -37,6 +37,13 @@ def test_keeping_all_is_the_model_itself() -> None:
     assert set(statuses().values()) == {"kept"}
 
 
+def test_the_root_is_kept_by_its_path() -> None:
+    """Which is empty, as messages about a GEMM of the root module say it; no warning that it matches nothing."""
+    model, x = build(lambda: nn.Linear(64, 17)), randn(13, 64)
+    step(compiled(model, "hif4", keep=["dgrad:"]), x)
+    assert statuses() == {("", "forward"): "fp4", ("", "wgrad"): "fp4", ("", "dgrad"): "kept"}
+
+
 def test_a_glob_that_matches_nothing_warns_and_names_the_nearest() -> None:
     model = compiled(build(Mlp), keep=["secnd"])
     with pytest.warns(FP4Warning, match=r"'secnd' .*matches no module; the nearest is 'second'"):
