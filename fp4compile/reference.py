@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def _ceil(size: Any, block: int) -> Any:
 
 def _axis(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _given(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults too: dispatchers give them by position or by name."""
+    bound = _signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _transformed_shape(x: Tensor, axis: int, hadamard: int) -> list[Any]:
@@ -82,13 +95,11 @@ def quantize(
     return codec.quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, dtype or x.dtype)
 
 
-def quantize_fake(
-    x: Tensor, format: str, axis: int, *args: Any, block_2d: bool = False, hadamard: int = 0, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+def quantize_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The shape rule of `quantize`."""
-    block_2d, hadamard = (args[2] if len(args) > 2 else block_2d), (args[6] if len(args) > 6 else hadamard)
-    fmt = FORMATS[format]
-    shape = _transformed_shape(x, axis, hadamard)
+    given = _given(quantize, args, kwargs)
+    x, axis, block_2d, fmt = given["x"], given["axis"], given["block_2d"], FORMATS[given["format"]]
+    shape = _transformed_shape(x, axis, given["hadamard"])
     size = shape.pop(axis)
     block = fmt.block_2d if block_2d and fmt.block_2d else fmt.block
     blocks = _ceil(size, block)
@@ -155,12 +166,12 @@ def fake_quantize(
     return codec.fake_quantize(t, fmt, axis, rounding, rule, block_2d, tensor_scale, seed, stream, x.dtype, fold)
 
 
-def fake_quantize_fake(
-    x: Tensor, format: str, axis: int, *args: Any, hadamard: int = 0, producer: str = "", **kwargs: Any
-) -> Tensor:
+def fake_quantize_fake(*args: Any, **kwargs: Any) -> Tensor:
     """The shape rule of `fake_quantize`."""
-    hadamard, producer = (args[6] if len(args) > 6 else hadamard), (args[13] if len(args) > 13 else producer)
-    return x.new_empty(_transformed_shape(x, axis, hadamard), dtype=produced_dtype(x, producer))
+    given = _given(fake_quantize, args, kwargs)
+    x: Tensor = given["x"]
+    shape = _transformed_shape(x, given["axis"], given["hadamard"])
+    return x.new_empty(shape, dtype=produced_dtype(x, given["producer"]))
 
 
 def fake_quantize_both(
@@ -193,20 +204,12 @@ def fake_quantize_both(
     return first, second
 
 
-def fake_quantize_both_fake(
-    x: Tensor,
-    format: str,
-    scale_rule: str | None,
-    rounding: Sequence[str],
-    stream: Sequence[int],
-    hadamard: Sequence[int],
-    *args: Any,
-    producer: str = "",
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+def fake_quantize_both_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The shape rule of `fake_quantize_both`."""
-    dtype = produced_dtype(x, args[10] if len(args) > 10 else producer)
-    first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(hadamard))
+    given = _given(fake_quantize_both, args, kwargs)
+    x: Tensor = given["x"]
+    dtype, sizes = produced_dtype(x, given["producer"]), given["hadamard"]
+    first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(sizes))
     return first, second
 
 
@@ -328,13 +331,6 @@ def quantize_rowwise(
     t = _transform(x, axis, hadamard, sign_seed)
     dtype = rowwise.values_dtype(e5m2)
     return rowwise.quantize(x, t, fmt, axis, rounding, fmt.rule(scale_rule), seed, stream, dtype)
-
-
-def _given(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, defaults too."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def quantize_rowwise_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
