@@ -74,7 +74,7 @@ def gradients(
     model.zero_grad()
     loss = forward(compiled, window, settings)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def place(name: str) -> str | None:

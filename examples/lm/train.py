@@ -137,8 +137,13 @@ def make_deterministic() -> None:
 
 
 def forward(compiled: Callable[..., Tensor], window: Tensor, settings: Settings) -> Tensor:
-    """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name."""
+    """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name.
+
+    What a graph returned before may be overwritten: modes with CUDA graphs keep their outputs in one place, and without
+    the mark a forward that no backward follows would be recorded anew each time.
+    """
     device = torch.device(settings.device)
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         return compiled(window[:, :-1], window[:, 1:])
 
@@ -244,7 +249,7 @@ class _Run:
         for window in self.batches.at(step).split(settings.micro):
             loss = forward(compiled, window, settings)
             (loss * share).backward()
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())
         self.losses[step] = torch.stack(losses).mean()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -262,7 +267,8 @@ class _Run:
         compiled = self.trainer.schedule.at(settings.steps - 1)
         torch.manual_seed(0)
         losses = [
-            forward(compiled, windows_at(tokens, part, sequence), settings).detach() for part in starts.split(micro)
+            forward(compiled, windows_at(tokens, part, sequence), settings).detach().clone()
+            for part in starts.split(micro)
         ]
         return torch.stack(losses).mean().item()
 
