@@ -43,11 +43,13 @@ class Study:
 
     Attributes:
         runs: (model, arm) -> seed -> result of training.
-        probes: model -> seed -> result of the frozen probe.
+        probes: model -> seed -> result of the frozen probe, with all of its arms.
+        commands: what made the results.
     """
 
     runs: dict[tuple[str, str], dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
     probes: dict[str, dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
+    commands: set[str] = field(default_factory=set)
 
     @property
     def models(self) -> list[str]:
@@ -88,15 +90,17 @@ def read_study(folder: Path) -> Study:
         result = json.loads(path.read_text())
         if not isinstance(result, dict) or result.get("kind") not in ("train", "probe"):
             continue  # the tokenizer, for one
-        model, seed = result["model"], result["seed"]
-        if result["kind"] == "probe":
-            study.probes[model][seed] = result
-            continue
-        first, theirs = settings.setdefault(model, (path, result["settings"]))
+        kind, model, seed = (result[key] for key in ("kind", "model", "seed"))
+        first, theirs = settings.setdefault((kind, model), (path, result["settings"]))
         if theirs != result["settings"]:
             changed = [key for key in theirs if theirs[key] != result["settings"].get(key)]
             raise BadInput(f"{path} and {first} cannot be compared: {', '.join(changed)} differ")
-        study.runs[model, result["arm"]][seed] = result
+        study.commands.add(result["command"])
+        if kind == "train":
+            study.runs[model, result["arm"]][seed] = result
+        else:
+            arms = study.probes[model].get(seed, {"arms": {}})["arms"] | result["arms"]
+            study.probes[model][seed] = {**result, "arms": arms}
     if not study.models:
         raise BadInput(f"{folder}: no results of study.py there")
     return study

@@ -292,9 +292,7 @@ def sections(study: Study) -> list[tuple[str, Any]]:
                 ("table", cosine_table(study, model, _block)),
                 ("figure", (f"probe-{model}", depth_figure(study, model))),
             ]
-    runs = [run for seeds in study.runs.values() for run in seeds.values()]
-    runs += [run for seeds in study.probes.values() for run in seeds.values()]
-    found += [("h2", "Commands"), ("list", sorted({f"`{run['command']}`" for run in runs}))]
+    found += [("h2", "Commands"), ("list", [f"`{command}`" for command in sorted(study.commands)])]
     return found
 
 

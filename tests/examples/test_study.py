@@ -421,8 +421,10 @@ def test_run_probe_and_report(text: Path, tmp_path: Path, capsys: pytest.Capture
     assert study.main(run) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == made
     assert study.main(["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4"]) == 0
-    probed = json.loads((out / "probe-dense-s1.json").read_text())
-    for rows in probed["arms"].values():
+    probed = {
+        name: json.loads((out / f"probe-dense-{name}-s1.json").read_text())["arms"][name] for name in ("hif4", "nvfp4")
+    }
+    for rows in probed.values():
         assert 0 < abs(rows["losses"][0] / rows["bf16_losses"][0] - 1) < 0.05
         assert set(rows["cosines"]) == {"weights", "layers.0"} | {
             f"layers.0.{name}_proj"
