@@ -38,7 +38,8 @@ from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
 from lm.model import Shape
 from lm.probe import Probe, load_checkpoint
-from lm.report import all_claims, loss_table, markdown_table, write_report
+from lm.report import markdown_table, write_report
+from lm.tables import all_claims, loss_table
 from lm.train import (
     Files,
     Settings,
@@ -546,7 +547,7 @@ def report(options: argparse.Namespace, console: Console) -> int:
         if study.arms(model):
             console.print(markdown_table(loss_table(study, model)), highlight=False, soft_wrap=True)
         for claim in all_claims(study, model):
-            console.print(f"- {claim.text}: {claim.answer}", highlight=False, soft_wrap=True)
+            console.print(f"- {model}, {claim.measure}: {claim.text}: {claim.answer}", highlight=False, soft_wrap=True)
     for path in write_report(study, options.out):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0

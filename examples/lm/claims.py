@@ -133,32 +133,41 @@ class Claim:
     """A statement and what the data say of it.
 
     Attributes:
+        measure: what the differences were measured by.
         text: what is claimed: that the differences are below zero.
         differences: one for each seed.
     """
 
+    measure: str
     text: str
     differences: tuple[float, ...]
 
     @property
-    def answer(self) -> str:
-        """The verdict in words, with its numbers."""
-        mean, deviation = mean_and_spread(self.differences)
-        numbers = f"paired difference {percent(mean)} ± {percent(deviation, sign=False)}, {len(self.differences)} seeds"
+    def word(self) -> str:
+        """The verdict in words."""
         if not all(map(math.isfinite, self.differences)):
             return "no: an arm diverged"
-        word = {"below": "**yes**", "above": "**no, the data say the opposite**"}
-        return f"{word.get(verdict(self.differences), 'unresolved at this scale')} ({numbers})"
+        words = {"below": "**yes**", "above": "**no, the data say the opposite**"}
+        return words.get(verdict(self.differences), "unresolved at this scale")
+
+    @property
+    def answer(self) -> str:
+        """The verdict with its numbers."""
+        if not all(map(math.isfinite, self.differences)):
+            return self.word
+        mean, deviation = mean_and_spread(self.differences)
+        numbers = f"paired difference {percent(mean)} ± {percent(deviation, sign=False)}, {len(self.differences)} seeds"
+        return f"{self.word} ({numbers})"
 
 
-def claims(what: str, errors: Mapping[str, Errors]) -> list[Claim]:
+def claims(measure: str, errors: Mapping[str, Errors]) -> list[Claim]:
     """The study's three statements on HiF4, from arm -> errors; only those that there are pairs for."""
     ours = errors.get("hif4", {})
-    found = [Claim(f"{what}: HiF4's gap is below {BAR:.0%}", tuple(error - BAR for error in ours.values()))]
+    found = [Claim(measure, f"HiF4's gap is below {BAR:.0%}", tuple(error - BAR for error in ours.values()))]
     for other in ("mxfp4", "nvfp4"):
         theirs = errors.get(other, {})
         pairs = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
-        found.append(Claim(f"{what}: HiF4's gap is below {label(other)}'s", pairs))
+        found.append(Claim(measure, f"HiF4's gap is below {label(other)}'s", pairs))
     return [claim for claim in found if claim.differences]
 
 

@@ -18,11 +18,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tokenizers")
 
 import study
-from lm import claims, corpus, report
+from lm import claims, corpus, figures, report, tables
+from lm.findings import findings
 from lm.arms import PLANS, make_arm
 from lm.machine import BadInput
 from lm.model import Shape
-from lm.train import Settings, Trainer, files_of_run
+from lm.train import Settings, Trainer, files_of_run, files_of_trunk, steps_done
 
 from fp4compile.errors import FP4ValueError
 from fp4compile.recipe import RECIPES
@@ -80,7 +81,7 @@ def test_every_arm_of_every_plan_can_be_made() -> None:
             assert len({arm.slug for arm in made}) == len(made)
             assert all(re.fullmatch(r"[\w.-]+", arm.slug) for arm in made)
     named = {arm for plan in PLANS.values() for part in plan.parts for arm in part.arms}
-    for suffixes in report.ABLATIONS.values():  # what the report compares is trained
+    for suffixes in tables.ABLATIONS.values():  # what the report compares is trained
         assert any({format + suffix for suffix in suffixes} <= named for format in ("hif4", "mxfp4", "nvfp4"))
 
 
@@ -179,6 +180,31 @@ def test_a_run_goes_on_bit_for_bit(arm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_arms_branch_off_one_trunk(tmp_path: Path) -> None:
+    settings, corpus_ = replace(SETTINGS, branch=0.5), made_corpus()
+    trunk, bf16, mxfp4 = files_of_trunk(tmp_path, "dense", 5), make_arm("bf16"), make_arm("mxfp4")
+    first, second = (Trainer(arm, settings, corpus_, {"settings": {}}) for arm in (bf16, mxfp4))
+    ran: list[int] = []
+
+    def go(trainer: Trainer, *more: Any, stop: int = 0) -> bool:
+        files = trunk if len(more) == 2 else files_of_run(tmp_path, "dense", trainer.arm, 5)
+        return trainer.train(5, files, lambda done, _: ran.append(done), 100, lambda done: done == stop, *more)
+
+    with pytest.raises(BadInput, match="0 of 3 steps; train the bf16 arm"):
+        go(second, trunk)
+    assert not go(first, None, 3, stop=2)  # killed within the trunk
+    assert steps_done(trunk, settings) == 2
+    assert go(first, None, 3) and steps_done(trunk, settings) == 3
+    assert go(first, trunk) and go(second, trunk)
+    assert ran == [2, 3, 6, 6]
+    whole = trained("bf16", tmp_path / "whole")["losses"]
+    ours, theirs = (json.loads((tmp_path / f"dense-{arm}-s5.json").read_text())["losses"] for arm in ("bf16", "mxfp4"))
+    assert ours == whole  # a branch of its own trunk is the run from scratch
+    assert theirs[:3] == whole[:3] and theirs[3:] != whole[3:]
+    assert theirs[3] == pytest.approx(whole[3], rel=1e-3)  # same weights, same batch
+
+
+@pytest.mark.slow
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole = trained("bf16", tmp_path / "whole", settings=replace(SETTINGS, micro=4))
     parts = trained("bf16", tmp_path / "parts", settings=replace(SETTINGS, micro=1))
@@ -229,12 +255,13 @@ def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) 
         "model": model,
         "arm": arm,
         "seed": seed,
-        "settings": {"steps": 20, "batch": 4, "lr": 1e-3, "dtype": "bfloat16", "shape": vars(SHAPE) | {"experts": 0}},
+        "settings": {"steps": 20, "batch": 4, "lr": 1e-3, "dtype": "bfloat16", "branch": 0.5, "shape": vars(SHAPE)},
         "command": f"train --arm {arm}",
         "text": {"source": "<made up>", "train_tokens": 10**6, "held_out_tokens": 10**4, "bytes_per_token": 3.0},
         "machine": {"device": "none", "torch": "2"},
         "report": None if arm == "bf16" else {"fp4_share": 0.9},
         "switch": 0.9 if arm.endswith("@0.9") else None,
+        "parameters": 10**6,
         "tokens_per_second": 1000.0,
         "diverged": False,
         "held_out_loss": loss + 0.1,
@@ -250,7 +277,7 @@ def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
             "bf16_losses": [2.0, 4.0],
             "losses": [2.0 * (1 + error), 4.0 * (1 + error)],
             "cosines": {"weights": [0.9, 0.8], "layers.0": [0.99, 0.97], "layers.0.attention.q_proj": [0.7, 0.5]},
-            "fp4_share": 0.9,
+            "mean_cosines": {"weights": 0.95 - error, "layers.0.attention.q_proj": 0.8},
         }
         for arm, error in losses.items()
     }
@@ -303,22 +330,22 @@ def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
         for arm, gap in gaps.items()
         for seed in range(4)
     ]
-    training, *_ = zip(*[iter(report.all_claims(write_results(tmp_path, runs), "dense"))] * 3, strict=True)
+    training, *_ = zip(*[iter(tables.all_claims(write_results(tmp_path, runs), "dense"))] * 3, strict=True)
     answers = [claim.answer for claim in training]
     assert [answer.split("**")[1] for answer in answers] == ["yes", "yes", "no, the data say the opposite"]
     assert answers[1].endswith("(paired difference -1.60% ± 0.01%, 4 seeds)")
     few = write_results(tmp_path / "few", [run for run in runs if run["seed"] < 3])
-    assert all("unresolved" in claim.answer for claim in report.all_claims(few, "dense"))
+    assert all("unresolved" in claim.answer for claim in tables.all_claims(few, "dense"))
 
 
 def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
     runs = [result(arm, seed, 3.0) for arm in ("bf16", "hif4", "mxfp4") for seed in range(4)]
     runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
     made = write_results(tmp_path, runs)
-    assert "no: an arm diverged" in {claim.answer for claim in report.all_claims(made, "dense")}
-    (row,) = [row for row in report.loss_table(made, "dense") if row[0] == "HiF4"]
+    assert "no: an arm diverged" in {claim.answer for claim in tables.all_claims(made, "dense")}
+    (row,) = [row for row in tables.loss_table(made, "dense") if row[0] == "HiF4"]
     assert row[2:4] == ["diverged", "diverged"]
-    report.curves_figure(made, "dense")
+    figures.curves_figure(made, "dense")
 
 
 def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
@@ -333,15 +360,15 @@ def test_the_report(tmp_path: Path) -> None:
     runs = [result(arm, seed, 2.0 + 0.01 * i) for i, arm in enumerate(names) for seed in (0, 1)]
     runs += [result(arm, 0, 2.0 + 0.01 * i, "moe") for i, arm in enumerate(names[:2])]
     made = write_results(tmp_path / "results", [*runs, probe_result(0, {"hif4": 0.01, "mxfp4": 0.04})])
-    assert report.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500 ± 0.0707"]
-    assert ["block input", "0.9800", "0.9800"] in report.cosine_table(made, "dense", report._kind)
-    assert ["layers.0, weights", "0.6000", "0.6000"] in report.cosine_table(made, "dense", report._block)
-    ablations = {tuple(row[:2]): row for row in report.ablation_table(made, "dense")}
+    assert tables.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500"]
+    assert ["block input", "0.9800", "0.9800"] in tables.kind_table(made, "dense")
+    assert ["attention.q_proj", "0.6000", "0.6000"] in tables.kind_table(made, "dense")
+    ablations = {tuple(row[:2]): row for row in tables.ablation_table(made, "dense")}
     assert ablations["HiF4", "Hadamard transform"][2:] == [
         "+1.50% ± 0.00%",
         "+2.00% ± 0.00%",
         "+0.50% ± 0.00%",
-        "unresolved at this scale",
+        "unresolved",
     ]
     assert {("MXFP4", "stochastic rounding"), ("HiF4", "BF16 for the last 10% of the steps")} < ablations.keys()
 
@@ -353,8 +380,8 @@ def test_the_report(tmp_path: Path) -> None:
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
     assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
-    shares = {row[0]: row[6] for row in report.loss_table(made, "dense")}
-    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "81.0%")
+    shares = {row[0]: row[6] for row in tables.loss_table(made, "dense")}
+    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "90.0%")
     assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
 
 
