@@ -23,7 +23,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +66,7 @@ MODELS: dict[str, dict[str, int]] = {
     "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
 }
 UNFINISHED = 3  # exit status of a command that saved and left
+PATIENCE = 3.0  # seconds after which a second signal ends a command at once; one Ctrl-C may come as two
 WORDS = {0: "done", UNFINISHED: "not finished"}
 _LINE = "step {}/{} loss {:.4f}"  # what a child tells the command that watches it
 
@@ -117,7 +117,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=count, default=None, help="of the model; by default as --model says")
     add("--sequence", type=count, default=512, help="tokens of a window (%(default)s)")
     add("--lr", type=number, default=1e-3, help="peak learning rate (%(default)s)")
-    add("--branch", type=fraction, default=None, help="fraction of the steps that all arms share, in BF16; 0 if no plan")
+    add(
+        "--branch", type=fraction, default=None, help="fraction of the steps that all arms share, in BF16; 0 if no plan"
+    )
     add("--save-every", type=count, default=250, help="steps between two checkpoints (%(default)s)")
     add("--minutes", type=number, default=None, help="save and leave after so long; the same command goes on")
 
@@ -238,7 +240,7 @@ class Leave:
 
     def __init__(self, minutes: float | None) -> None:
         self.deadline = time.monotonic() + 60 * minutes if minutes else None
-        self.asked = False
+        self.asked, self._first = False, 0.0
 
     def __enter__(self) -> Leave:
         self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -249,7 +251,10 @@ class Leave:
             signal.signal(name, handler)
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        if self.asked and time.monotonic() > self._first + PATIENCE:  # while something compiles, nobody looks
+            sys.exit(UNFINISHED)
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
 
     @property
     def minutes_left(self) -> float:
@@ -435,29 +440,27 @@ def log_name(name: str) -> str:
 
 
 def watch(name: str, arguments: list[str], out: Path, update: Any, ended: Leave) -> int:
-    """Run a `train` command, keep its output in a log, show its steps; its exit status."""
+    """Run a command of this file, show the steps that it writes to its log; its exit status.
+
+    The log is a file and no pipe: a compiler's worker that outlives a killed command would keep a pipe open.
+    """
     command = [sys.executable, __file__, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        asker = threading.Thread(target=_pass_on, args=(child, ended), daemon=True)
-        asker.start()
+    path, asked = out / log_name(name), False
+    with path.open("w") as log, path.open() as lines:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         update(note="starting")
-        with (out / log_name(name)).open("w") as log:
-            for line in child.stdout or ():
-                log.write(line)
-                log.flush()
-                match = re.match(r"step (\d+)/(\d+) loss (\S+)", line)
+        while True:
+            status = child.poll()  # first, so that the last lines are read as well
+            for line in lines:
+                match = re.match(r"step (\d+)/(\d+) loss (\S+)\n", line)
                 if match:
                     update(completed=int(match[1]), total=int(match[2]), note=f"loss {match[3]}")
-        return child.wait()
-
-
-def _pass_on(child: subprocess.Popen[str], ended: Leave) -> None:
-    """Ask a child to save and leave when this command is asked to."""
-    while child.poll() is None:
-        if ended.asked:
-            child.terminate()
-            return
-        time.sleep(0.5)
+            if status is not None:
+                return status
+            if ended.asked and not asked:
+                asked = True
+                child.terminate()  # it saves and leaves
+            time.sleep(0.2)
 
 
 # --- probe and report ------------------------------------------------------------------------------------------------
@@ -514,7 +517,7 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
 
 def probe_in_shares(options: argparse.Namespace, console: Console) -> int:
     """Measure the arms in --jobs processes, each with every n-th of them."""
-    shared = ["--batches", str(options.batches), "--out", str(options.out)] + _text_flags(options)
+    shared = ["--batches", str(options.batches), "--out", str(options.out), *_text_flags(options)]
     if options.checkpoint:
         shared += ["--checkpoint", *map(str, options.checkpoint)]
     shares = [options.arms[first :: options.jobs] for first in range(options.jobs)]

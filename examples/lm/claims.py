@@ -173,4 +173,5 @@ def claims(measure: str, errors: Mapping[str, Errors]) -> list[Claim]:
 
 def percent(value: float, sign: bool = True) -> str:
     """A share as text; a dash where there is none."""
-    return f"{100 * value:{'+' if sign else ''}.2f}%" if math.isfinite(value) else "–"
+    rounded = round(100 * value, 2) + 0.0 if math.isfinite(value) else math.nan  # no minus before a zero
+    return f"{rounded:{'+' if sign and rounded else ''}.2f}%" if math.isfinite(rounded) else "–"

@@ -37,20 +37,20 @@ def curves_figure(study: Study, model: str) -> bytes:
     seeds = set.intersection(*map(set, runs.values())) or set.union(*map(set, runs.values()))
     settings = next(iter(runs[arms[0]].values()))["settings"]
     window, branch = max(1, settings["steps"] // 20), round(settings["branch"] * settings["steps"])
-    smoothed = {
-        arm: {seed: smooth(_finite(run["losses"]), window) for seed, run in runs[arm].items() if seed in seeds}
-        for arm in arms
-    }
+    chosen = {arm: {seed: _finite(run["losses"]) for seed, run in runs[arm].items() if seed in seeds} for arm in arms}
     losses, gaps, bands = [], [], []
     for arm, colour in coloured(arms):
-        means = [statistics.fmean(row) for row in zip(*smoothed[arm].values(), strict=False)]
+        means = [statistics.fmean(row) for row in zip(*chosen[arm].values(), strict=False)]
         if means:
-            losses.append(Curve(label(arm), colour, means))
-        pairs = [(smoothed[arm][seed], smoothed["bf16"][seed]) for seed in smoothed[arm] if seed in runs.get("bf16", {})]
-        rows = list(zip(*([100 * gap(*pair) for pair in zip(*both, strict=False)] for both in pairs), strict=False))
+            losses.append(Curve(label(arm), colour, smooth(means, window)))
+        pairs = [(chosen[arm][seed], chosen["bf16"][seed]) for seed in chosen[arm] if seed in runs.get("bf16", {})]
+        # What was shared says nothing of the gap, so the means begin behind it.
+        both = [[smooth(values[branch:], window) for values in pair] for pair in pairs]
+        rows = list(zip(*([100 * gap(*losses) for losses in zip(*pair, strict=False)] for pair in both), strict=False))
         if rows and arm != "bf16":
-            gaps.append(Curve(label(arm), colour, [statistics.fmean(row) for row in rows]))
-            bands.append((colour, [mean_and_spread(row) for row in rows]))
+            shown = [mean_and_spread(row) for row in [(0.0,) * len(both)] * branch + rows]
+            gaps.append(Curve(label(arm), colour, [mean for mean, _ in shown]))
+            bands.append((colour, shown))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -58,7 +58,7 @@ def curves_figure(study: Study, model: str) -> bytes:
         for axes in (left, right):
             if branch:
                 axes.axvline(branch, color="#999999", lw=1, ls=":")
-        start = max(window, branch)
+        start = branch + window // 2
         for colour, band in bands:
             low, high = ([mean + sign * spread for mean, spread in band[start:]] for sign in (-1, 1))
             right.fill_between(range(start + 1, len(band) + 1), low, high, color=colour, alpha=0.15, lw=0)
@@ -86,7 +86,7 @@ def heat_map(study: Study, model: str) -> bytes:
     blocks = sorted({block for grid in cells.values() for _, block in grid})
     lowest = min((value for grid in cells.values() for value in grid.values()), default=0.0)
     with matplotlib.rc_context(STYLE | {"font.size": 8}):
-        size = (1.6 + (0.45 * len(blocks) + 0.3) * len(roles), 0.9 + (0.22 * len(kinds) + 0.55) * len(formats))
+        size = (2.4 + max(0.4 * len(blocks), 1.1) * len(roles), 0.8 + (0.22 * len(kinds) + 0.2) * len(formats))
         figure = Figure(figsize=size, layout="constrained")
         grids = figure.subplots(len(formats), len(roles), squeeze=False, sharex=True, sharey=True)
         image = None
@@ -96,15 +96,17 @@ def heat_map(study: Study, model: str) -> bytes:
                 values = [[grid.get((row, block), math.nan) for block in blocks] for row in kinds]
                 image = axes.imshow(values, cmap="cividis", vmin=lowest, vmax=1.0, aspect="auto")
                 _write_cells(axes, values, (lowest + 1) / 2)
-                axes.set_title(f"{label(arm)}: {_ROLES[role]}", loc="left", fontsize=9)
+                axes.set_title(_ROLES[role] if arm == formats[0] else "", loc="left", fontsize=9)
                 axes.set_yticks(range(len(kinds)), kinds)
                 axes.set_xticks(range(len(blocks)), blocks)
                 axes.tick_params(length=0)
                 axes.spines[:].set_visible(False)
         for axes in grids[-1]:
             axes.set_xlabel("block")
+        for arm, axes in zip(formats, grids[:, 0], strict=True):
+            axes.set_ylabel(label(arm), fontsize=10)
         if image is not None:
-            figure.colorbar(image, ax=grids, shrink=0.6, label="cosine to BF16's gradient")
+            figure.colorbar(image, ax=grids, shrink=0.6, aspect=30, label="cosine to BF16's gradient")
     return png(figure)
 
 
@@ -112,7 +114,7 @@ def _write_cells(axes: Any, values: list[list[float]], middle: float) -> None:
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if math.isfinite(value):
-                text = f"{value:.2f}".removeprefix("0") if value < 0.995 else f"{value:.3f}".removeprefix("0")
+                text = f"{value:.3f}".removeprefix("0").replace("1.000", "1")
                 axes.text(x, y, text, ha="center", va="center", fontsize=6.5, color="k" if value > middle else "w")
 
 

@@ -31,7 +31,9 @@ def findings(study: Study, model: str) -> list[str]:
                 "Frozen probe, cosine of the mean gradient", lambda arm: gradient_errors(probes, arm, mean=True)
             ),
         ]
-    return [sentence for sentence in (*found, _seeds(study, model), _share(study, model), _bounds(study, model)) if sentence]
+    return [
+        sentence for sentence in (*found, _seeds(study, model), _share(study, model), _bounds(study, model)) if sentence
+    ]
 
 
 def _order(name: str, errors: Callable[[str], Errors]) -> str:

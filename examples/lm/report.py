@@ -25,15 +25,15 @@ from lm.tables import (
 )
 
 RULE = (
-    "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same weights to begin with, same batches), training loss as the mean "
-    f"of the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
+    "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same weights at first, same batches), training loss as the "
+    f"mean of the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
     f"{SEEDS} seeds on and where the mean paired difference exceeds {TIMES:g} times its spread; everything else is "
     "unresolved at this scale. The values are those of the formats bit for bit; on hardware without FP4 units they are "
-    "multiplied in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by side shared "
-    "the device. All text but the names of the settings is made from the results by `examples/study.py report`."
+    "multiplied in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by side "
+    "shared the device. This page is made from the results by `examples/study.py report`, its sentences too."
 )
 PROBE = (
-    "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, no optimiser "
+    "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, without a "
     "step. The cosine is that between the gradients in FP4 and in BF16, of all weights of the layers as one vector: of "
     "one batch, where noise and bias count alike, and of the mean over all batches, where noise averages out and bias "
     "stays. Seeds are checkpoints here."
@@ -51,8 +51,8 @@ def conditions(study: Study, model: str) -> list[str]:
     sizes = f"{shape['layers']} layers, width {shape['dim']}, SwiGLU {shape['ff']}{experts}"
     seen = s["steps"] * s["batch"] * shape["sequence"]
     start = (
-        f"the first {s['branch']:.0%} of the steps in BF16, made once per seed; there all arms of the seed branch off with "
-        "its weights, optimiser and batches"
+        f"the first {s['branch']:.0%} of the steps in BF16, made once per seed; there all arms branch off, with its "
+        "weights, optimiser and batches"
         if s["branch"]
         else "every arm from the seed's initial weights"
     )

@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lm.arms import LABELS, MAIN, PLAIN, label
+from lm.arms import MAIN, PLAIN, label
 from lm.claims import (
     Claim,
     Errors,
@@ -129,8 +129,10 @@ def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Err
     for format in MAIN[1:]:
         for name, suffixes in ABLATIONS.items():
             without, given = (errors(format + suffix) for suffix in suffixes)
-            if without.keys() & given.keys():
-                found.append((format, name, without, given))
+            both = sorted(without.keys() & given.keys())
+            if both:
+                pairs = ({seed: errors[seed] for seed in both} for errors in (without, given))
+                found.append((format, name, *pairs))
     return found
 
 
@@ -209,7 +211,10 @@ def probe_ablation_table(study: Study, model: str) -> Table:
     measures: list[tuple[Callable[[str], Errors], Callable[[Errors], str]]] = [
         (lambda arm: study.probe_errors(model, arm), lambda errors: percent(mean_and_spread(errors.values())[0])),
         (lambda arm: gradient_errors(results, arm), lambda errors: f"{1 - statistics.fmean(errors.values()):.4f}"),
-        (lambda arm: gradient_errors(results, arm, True), lambda errors: f"{1 - statistics.fmean(errors.values()):.4f}"),
+        (
+            lambda arm: gradient_errors(results, arm, True),
+            lambda errors: f"{1 - statistics.fmean(errors.values()):.4f}",
+        ),
     ]
     columns = [
         [

@@ -19,7 +19,6 @@ pytest.importorskip("tokenizers")
 
 import study
 from lm import claims, corpus, figures, report, tables
-from lm.findings import findings
 from lm.arms import PLANS, make_arm
 from lm.machine import BadInput
 from lm.model import Shape
