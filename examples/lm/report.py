@@ -25,12 +25,12 @@ from lm.tables import (
 )
 
 RULE = (
-    "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same weights at first, same batches), training loss as the "
-    f"mean of the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
-    f"{SEEDS} seeds on and where the mean paired difference exceeds {TIMES:g} times its spread; everything else is "
-    "unresolved at this scale. The values are those of the formats bit for bit; on hardware without FP4 units they are "
-    "multiplied in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by side "
-    "shared the device. This page is made from the results by `examples/study.py report`, its sentences too."
+    "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same weights at first, same batches), training loss as the mean of "
+    f"the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
+    f"{SEEDS} seeds on and where the mean paired difference exceeds {TIMES:g} times its spread; the rest is unresolved "
+    "at this scale. The values are those of the formats bit for bit; on hardware without FP4 units they are multiplied "
+    "in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by side shared the "
+    "device. This page is made from the results by `examples/study.py report`, its sentences too."
 )
 PROBE = (
     "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, without a "
