@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 pytest.importorskip("matplotlib")
@@ -19,13 +23,14 @@ pytest.importorskip("tokenizers")
 
 import study
 from lm import claims, corpus, figures, report, tables
-from lm.arms import PLANS, make_arm
+from lm.arms import PLANS, PROBED, make_arm
+from lm.findings import findings
 from lm.machine import BadInput
 from lm.model import Shape
 from lm.train import Settings, Trainer, files_of_run, files_of_trunk, steps_done
 
 from fp4compile.errors import FP4ValueError
-from fp4compile.recipe import RECIPES
+from fp4compile.recipe import RECIPES, ROLES
 
 SCRIPT = Path(study.__file__)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -84,6 +89,15 @@ def test_every_arm_of_every_plan_can_be_made() -> None:
         assert any({format + suffix for suffix in suffixes} <= named for format in ("hif4", "mxfp4", "nvfp4"))
 
 
+def test_a_role_alone_keeps_its_rules() -> None:
+    arm, whole = make_arm("mxfp4:wgrad"), RECIPES.get("mxfp4")
+    assert arm.recipe is not None and arm.recipe.rules == tuple(rule for rule in whole.rules if rule.role == "wgrad")
+    assert (arm.name, arm.slug) == ("mxfp4:wgrad", "mxfp4.wgrad")
+    assert set(PROBED) > {f"{arm}:{role}" for arm in ("hif4", "mxfp4", "nvfp4") for role in ROLES}
+    for arm in map(make_arm, PROBED):
+        assert arm.recipe is not None and arm.recipe.rules
+
+
 def test_a_switch_ends_fp4() -> None:
     arm = make_arm("hif4@0.9")
     assert arm.precisions == {0.0: RECIPES.get("hif4"), 0.9: None}
@@ -95,6 +109,7 @@ def test_a_switch_ends_fp4() -> None:
     [
         ("hif5", "unknown recipe 'hif5'"),
         ("hif4-plain+rhd", "unknown ingredient 'rhd' of hif4-plain; there are rht, sr, tf, 2d"),
+        ("hif4:fprop", "unknown GEMM 'fprop' of hif4; there are forward, dgrad, wgrad"),
         ("hif4@late", "a fraction of the steps"),
         ("bf16@0.5", "no FP4 to switch off"),
         ("hif4-plain+2d", "format hif4 has no 2-D blocks"),
@@ -208,6 +223,77 @@ def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole = trained("bf16", tmp_path / "whole", settings=replace(SETTINGS, micro=4))
     parts = trained("bf16", tmp_path / "parts", settings=replace(SETTINGS, micro=1))
     assert whole["losses"] == pytest.approx(parts["losses"], rel=1e-5)
+
+
+def test_waiting_for_a_trunk(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, branch=0.5)
+    trunk = files_of_trunk(tmp_path, "dense", 5)
+    leg = study.Leg(5, files_of_run(tmp_path, "dense", make_arm("hif4"), 5), trunk, 3, 6)
+    leave = study.Leave(None)
+    leave.asked = True
+    assert not study.wait_for(leg, settings, leave)
+    about = {"settings": settings.to_json(), "done": "3"}
+    trunk.state.write_bytes(safetensors.torch.save({"losses": torch.zeros(6)}, about))
+    assert study.wait_for(leg, settings, leave)
+    with pytest.raises(BadInput, match="was made with other settings"):
+        study.wait_for(leg, replace(settings, steps=8), leave)
+
+
+def test_what_is_left_of_a_branching_arm(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, branch=0.5)
+    options = argparse.Namespace(out=tmp_path, model="dense", seed=[0, 1], wait=False)
+
+    def legs(arm: str) -> list[tuple[int, str, int, int]]:
+        found = study.legs_of(options, make_arm(arm), settings)
+        return [(leg.seed, leg.files.stem, leg.first, leg.last) for leg in found]
+
+    trunks = [(seed, f"dense-trunk-s{seed}", 0, 3) for seed in (0, 1)]
+    branches = [(seed, f"dense-bf16-s{seed}", 3, 6) for seed in (0, 1)]
+    assert legs("bf16") == trunks + branches  # first what others wait for
+    with pytest.raises(BadInput, match=r"no checkpoint of 3 steps to branch off; train --arm bf16 first, or --wait"):
+        legs("hif4")
+    options.wait = True
+    assert legs("hif4") == [(seed, f"dense-hif4-s{seed}", 3, 6) for seed in (0, 1)]
+    options.wait = False
+    for seed in (0, 1):
+        about = {"settings": settings.to_json(), "done": "3"}
+        files_of_trunk(tmp_path, "dense", seed).state.write_bytes(
+            safetensors.torch.save({"losses": torch.zeros(6)}, about)
+        )
+    assert legs("bf16") == branches and len(legs("hif4")) == 2
+
+
+def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+    with study.Leave(None) as leave:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a terminal sends one, the command that watches another
+        assert leave(1)
+        now[0] += study.PATIENCE + 1
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == study.UNFINISHED
+
+
+def test_a_watched_command_ends_though_its_child_holds_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "print('step 20/40 loss 3.5', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'])\n"
+        "print('step 40/40 loss 3.25', flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    monkeypatch.setattr(study, "__file__", str(script))
+    told: list[dict[str, Any]] = []
+    started = time.monotonic()
+    assert study.watch("dense hif4", [], tmp_path, lambda **more: told.append(more), study.Leave(None)) == 3
+    assert time.monotonic() - started < 4
+    assert told[1:] == [{"completed": n, "total": 40, "note": f"loss {loss}"} for n, loss in ((20, 3.5), (40, 3.25))]
+    assert "step 40/40" in (tmp_path / "dense_hif4.log").read_text()
 
 
 def test_every_seed_and_step_has_random_numbers_of_its_own() -> None:
@@ -335,6 +421,59 @@ def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
     assert answers[1].endswith("(paired difference -1.60% ± 0.01%, 4 seeds)")
     few = write_results(tmp_path / "few", [run for run in runs if run["seed"] < 3])
     assert all("unresolved" in claim.answer for claim in tables.all_claims(few, "dense"))
+
+
+def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
+    noise = (0.0, 1e-4, -1e-4, 5e-5)
+    gaps = {"hif4": 0.004, "hif4-plain": 0.006, "mxfp4": 0.02, "nvfp4": 0.0041}
+    runs = [result("bf16", seed, 3.0 + seed / 100) for seed in range(4)]
+    for index, (arm, gap) in enumerate(gaps.items()):
+        for seed in range(4):
+            runs.append(result(arm, seed, (3.0 + seed / 100) * (1 + gap + noise[(seed + index) % 4])))
+    runs += [probe_result(seed, {"hif4-plain": 0.004, "hif4": 0.002 + noise[seed]}) for seed in range(4)]
+    text = "\n".join(findings(write_results(tmp_path, runs), "dense"))
+    assert "Training loss: mean gap to BF16 HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%." in text
+    assert "Resolved: HiF4 < MXFP4, NVFP4 < MXFP4. Unresolved at this scale: HiF4 < NVFP4." in text
+    assert "Training, ingredients: helps – HiF4: all of the recipe's." in text
+    assert "cosine of the mean gradient, ingredients: helps – HiF4: all of the recipe's." in text
+    assert "cosine of one batch's gradient, ingredients: no effect – HiF4: all of the recipe's." in text
+    assert "final losses of 4 seeds lie 1.00% apart" in text
+    assert "HiF4 90.0%, MXFP4 90.0%, NVFP4 90.0% (all at or above 90%)" in text
+    assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
+
+
+def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
+    text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
+    assert len(text) == 2 and text[1].startswith("Nothing was trained")
+    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
+    assert "Diverged: HiF4." in text[0]
+
+
+def test_probes_of_many_files_are_one(tmp_path: Path) -> None:
+    made = write_results(tmp_path, [probe_result(0, {"hif4": 0.01}), probe_result(0, {"mxfp4": 0.04})])
+    assert set(made.probes["dense"][0]["arms"]) == {"hif4", "mxfp4"}
+    other = probe_result(1, {"hif4": 0.01})
+    other["settings"] = other["settings"] | {"steps": 7}
+    with pytest.raises(BadInput, match="cannot be compared: steps differ"):
+        write_results(tmp_path, [probe_result(0, {"hif4": 0.01}), other])
+
+
+def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> None:
+    arms = {"hif4": 0.01, "hif4:dgrad": 0.0, "nvfp4": 0.02, "nvfp4-plain": 0.02}
+    made = write_results(tmp_path, [probe_result(0, arms)])
+    assert figures.heat_map(made, "dense").startswith(PNG)
+    assert figures._grid({"layers.3.mlp.up_proj": 0.5, "layers.3": 0.7, "weights": 0.9}) == {
+        ("mlp.up_proj", 3): 0.5,
+        ("block input", 3): 0.7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "+1.23%"), (-1e-9, "0.00%"), (-0.002, "-0.20%"), (math.nan, "–")]
+)
+def test_percent(value: float, text: str) -> None:
+    assert claims.percent(value) == text
 
 
 def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
