@@ -578,14 +578,17 @@ def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_probe_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, shared = tmp_path / "out", ["--text", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
-    run = ["run", *TINY, *shared, "--jobs", "2", "--seeds", "0", "1", "--arms", "bf16", "hif4-plain"]
+    run = ["run", *TINY, *shared, "--jobs", "2", "--seeds", "0", "1", "--arms", "hif4-plain", "bf16", "--branch", "0.5"]
     assert study.main(run) == 0
     assert "2 of 2 arms are done" in capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert sum("dense-" in path.name for path in made) == 4
     assert study.main(run) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == made
-    assert study.main(["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4"]) == 0
+    losses = {arm: json.loads((out / f"dense-{arm}-s1.json").read_text())["losses"] for arm in ("bf16", "hif4-plain")}
+    assert losses["bf16"][:20] == losses["hif4-plain"][:20] and losses["bf16"][20:] != losses["hif4-plain"][20:]
+    probe = ["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4", "--jobs", "2"]
+    assert study.main(probe) == 0
     probed = {
         name: json.loads((out / f"probe-dense-{name}-s1.json").read_text())["arms"][name] for name in ("hif4", "nvfp4")
     }
@@ -596,8 +599,11 @@ def test_run_probe_and_report(text: Path, tmp_path: Path, capsys: pytest.Capture
             for name in (*(f"attention.{n}" for n in "qkvo"), *(f"mlp.{n}" for n in ("gate", "up", "down")))
         }
         assert all(0.5 < value < 1 for values in rows["cosines"].values() for value in values)
+    made = {path: path.stat().st_mtime_ns for path in out.glob("probe-*.json")}
+    assert len(made) == 4 and study.main(probe) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("probe-*.json")} == made
     assert study.main(["report", "--results", str(out), "--out", str(tmp_path / "docs")]) == 0
     assert "hif4-plain" in (tmp_path / "docs" / "report.md").read_text().lower()
     capsys.readouterr()
-    assert study.main(["train", *TINY, *shared, "--arm", "bf16", "--lr", "1"]) == 2
+    assert study.main(["train", *TINY, *shared, "--arm", "bf16", "--branch", "0.5", "--lr", "1"]) == 2
     assert "made with other settings (lr 0.001 there, 1.0 now)" in capsys.readouterr().err
