@@ -92,6 +92,19 @@ def in_role(recipe: Recipe, role: str) -> Recipe:
     return replace(recipe, name=f"{recipe.name}:{role}", rules=rules, source=f"{recipe.source}; {role} alone")
 
 
+def stabilisers(recipe: Recipe) -> str:
+    """What a recipe does beyond quantising every GEMM to the nearest values, in words."""
+    specs = recipe.operands
+    found = {
+        "Hadamard transform": any(spec.hadamard for spec in specs),
+        "stochastic rounding": any(spec.rounding == "stochastic" for spec in specs),
+        "truncation-free scales": any(spec.scale_rule == "truncation-free" for spec in specs),
+        "2-D blocks": any(spec.block_2d for spec in specs),
+        f"BF16 in {recipe.keep_last:.0%} of the layers": recipe.keep_last > 0,
+    }
+    return ", ".join(name for name, there in found.items() if there) or "none"
+
+
 def make_arm(text: str, switch: float | None = None) -> Arm:
     """The arm that a name stands for; `switch` is an `@` by other means."""
     text, at, fraction = text.partition("@")

@@ -36,7 +36,7 @@ PROBE = (
     "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, without a "
     "step. The cosine is that between the gradients in FP4 and in BF16, of all weights of the layers as one vector: of "
     "one batch, where noise and bias count alike, and of the mean over all batches, where noise averages out and bias "
-    "stays. Seeds are checkpoints here."
+    "stays. Seeds are checkpoints here; where batches are the pairs, formats are told apart at these checkpoints alone."
 )
 
 

@@ -7,7 +7,8 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lm.arms import MAIN, PLAIN, label
+from fp4compile.recipe import RECIPES
+from lm.arms import MAIN, PLAIN, label, stabilisers
 from lm.claims import (
     Claim,
     Errors,
@@ -23,11 +24,13 @@ from lm.claims import (
 )
 
 Table = list[list[str]]
+SHOWN = 5e-5  # what tables round to zero: two graphs of one arithmetic differ by fp32's rounding
 WORDS = {"below": "helps", "above": "hurts", "unresolved": "unresolved"}
 
 # What an ablation asks -> suffixes of the two arms that it compares: without, with.
+WHOLE = "the recipe's"
 ABLATIONS = {
-    "all of the recipe's": ("-plain", ""),
+    WHOLE: ("-plain", ""),
     "Hadamard transform": ("-plain", "-plain+rht"),
     "stochastic rounding": ("-plain", "-plain+sr"),
     "both": ("-plain", "-plain+rht+sr"),
@@ -58,20 +61,22 @@ def _loss(losses: Iterable[float]) -> str:
 
 def all_claims(study: Study, model: str) -> list[Claim]:
     """The statements on one model, from each of its measurements."""
-    main = MAIN[1:]
+    arms = (*MAIN[1:], *PLAIN)
+    shares = {arm: study.share(model, arm) for arm in arms}
     return [
-        *claims("training loss", {arm: study.errors(model, arm) for arm in main}),
-        *claims("held-out loss", {arm: study.errors(model, arm, held_out_loss) for arm in main}),
-        *claims("frozen probe", {arm: study.probe_errors(model, arm) for arm in main}),
+        *claims("training loss", {arm: study.errors(model, arm) for arm in arms}, shares),
+        *claims("held-out loss", {arm: study.errors(model, arm, held_out_loss) for arm in arms}, shares),
+        *claims("frozen probe", {arm: study.probe_errors(model, arm) for arm in arms}, shares),
+        *claims("frozen probe", {arm: study.batch_errors(model, arm) for arm in arms}, shares, "batches"),
     ]
 
 
 def claims_table(study: Study, model: str) -> Table:
     """A row per statement: what it is read from, the paired difference, what the rule says."""
-    rows = [["measured by", "statement", "paired difference", "seeds", "answer"]]
+    rows = [["measured by", "statement", "paired difference", "pairs", "answer"]]
     for claim in all_claims(study, model):
         difference = with_spread(dict(enumerate(claim.differences)))
-        rows.append([claim.measure, claim.text, difference, str(len(claim.differences)), claim.word])
+        rows.append([claim.measure, claim.text, difference, claim.pairs, claim.word])
     return rows
 
 
@@ -132,7 +137,8 @@ def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Err
             both = sorted(without.keys() & given.keys())
             if both:
                 pairs = ({seed: errors[seed] for seed in both} for errors in (without, given))
-                found.append((format, name, *pairs))
+                what = f"{name} {stabilisers(RECIPES.get(format))}" if name == WHOLE else name
+                found.append((format, what, *pairs))
     return found
 
 
@@ -143,7 +149,7 @@ def paired(ours: Errors, theirs: Errors) -> list[float]:
 
 def effect(differences: Sequence[float]) -> str:
     """Whether an ingredient that changes errors so helps, by the rule for claims."""
-    return "no effect" if not any(differences) else WORDS[verdict(differences)]
+    return "no effect" if all(abs(value) < SHOWN for value in differences) else WORDS[verdict(differences)]
 
 
 # --- the frozen probe ------------------------------------------------------------------------------------------------

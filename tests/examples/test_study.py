@@ -23,7 +23,7 @@ pytest.importorskip("tokenizers")
 
 import study
 from lm import claims, corpus, figures, report, tables
-from lm.arms import PLANS, PROBED, make_arm
+from lm.arms import PLANS, PROBED, make_arm, stabilisers
 from lm.findings import findings
 from lm.machine import BadInput
 from lm.model import Shape
@@ -434,20 +434,49 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
     text = "\n".join(findings(write_results(tmp_path, runs), "dense"))
     assert "Training loss: mean gap to BF16 HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%." in text
     assert "Resolved: HiF4 < MXFP4, NVFP4 < MXFP4. Unresolved at this scale: HiF4 < NVFP4." in text
-    assert "Training, ingredients: helps – HiF4: all of the recipe's." in text
-    assert "cosine of the mean gradient, ingredients: helps – HiF4: all of the recipe's." in text
-    assert "cosine of one batch's gradient, ingredients: no effect – HiF4: all of the recipe's." in text
+    assert "Below 1%: HiF4, NVFP4. Above 1%: MXFP4." in text
+    assert "what stabilisers do to the gap: helps – HiF4, the recipe's Hadamard transform (-0.20%)." in text
+    assert "cosine of the mean gradient: helps – HiF4, the recipe's Hadamard transform (+0.0020)." in text
+    assert "cosine of one batch's gradient: no effect – HiF4, the recipe's Hadamard transform (+0.0000)." in text
+    assert "last tenth of the steps but one and in the last: HiF4 +0.30% → +0.40%" in text
     assert "final losses of 4 seeds lie 1.00% apart" in text
     assert "HiF4 90.0%, MXFP4 90.0%, NVFP4 90.0% (all at or above 90%)" in text
     assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
 
 
+def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Path) -> None:
+    gaps = {"bf16": 0.0, "hif4": 0.01, "nvfp4": 0.02, "hif4-plain": 0.02, "nvfp4-plain": 0.03}
+    runs = [result(arm, seed, 3.0 * (1 + gap)) for arm, gap in gaps.items() for seed in range(4)]
+    for run in runs:
+        if run["arm"] == "nvfp4":
+            run["report"] = {"fp4_share": 0.75}
+    runs.append(probe_result(0, {"hif4": 0.01, "nvfp4": 0.02}))
+    made = write_results(tmp_path, runs)
+    rows = [row[:2] + row[3:4] for row in tables.claims_table(made, "dense")]
+    note = " (90.0% and 75.0% of the FLOPs in FP4)"
+    assert ["training loss", f"HiF4's gap is below NVFP4's{note}", "4 seeds"] in rows
+    assert ["training loss", "HiF4-plain's gap is below NVFP4-plain's", "4 seeds"] in rows
+    assert ["frozen probe", f"HiF4's gap is below NVFP4's{note}", "2 batches"] in rows
+    assert "NVFP4 +2.00% (with 75.0% of the FLOPs in FP4)" in findings(made, "dense")[0]
+
+
+def test_stabilisers_in_words() -> None:
+    found = {name: stabilisers(RECIPES.get(name)) for name in ("hif4", "mxfp4", "nvfp4", "nvfp4-plain")}
+    assert found == {
+        "hif4": "Hadamard transform",
+        "mxfp4": "Hadamard transform, stochastic rounding, truncation-free scales",
+        "nvfp4": "Hadamard transform, stochastic rounding, 2-D blocks, BF16 in 15% of the layers",
+        "nvfp4-plain": "none",
+    }
+
+
 def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
     text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
-    assert len(text) == 2 and text[1].startswith("Nothing was trained")
+    assert len(text) == 3 and text[2].startswith("Nothing was trained")
+    assert all("Fewer than 4 pairs carry no claim." in sentence for sentence in text[:2])
     broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
     text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
-    assert "Diverged: HiF4." in text[0]
+    assert text[0] == "Training loss: diverged: HiF4."
 
 
 def test_probes_of_many_files_are_one(tmp_path: Path) -> None:
