@@ -440,7 +440,7 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
     assert "cosine of one batch's gradient: no effect – HiF4, the recipe's Hadamard transform (+0.0000)." in text
     assert "last tenth of the steps but one and in the last: HiF4 +0.30% → +0.40%" in text
     assert "final losses of 4 seeds lie 1.00% apart" in text
-    assert "HiF4 90.0%, MXFP4 90.0%, NVFP4 90.0% (all at or above 90%)" in text
+    assert "MXFP4 90.0%, NVFP4 90.0%, HiF4-plain 90.0% (all at or above 90%)" in text
     assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
 
 
