@@ -16,23 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lm.arms import PLANS, PROBED, Arm, check_widths, make_arm
 from lm.claims import read_study
+from lm.commands import LINE, UNFINISHED, WORDS, Leave, bars, run_all
 from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
 from lm.model import Shape
@@ -52,7 +47,6 @@ from lm.train import (
     steps_done,
 )
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from fp4compile import Schedule
@@ -65,10 +59,6 @@ MODELS: dict[str, dict[str, int]] = {
     "dense": {"layers": 6, "dim": 384, "heads": 6, "ff": 1024, "experts": 0},
     "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
 }
-UNFINISHED = 3  # exit status of a command that saved and left
-PATIENCE = 3.0  # seconds after which a second signal ends a command at once; one Ctrl-C may come as two
-WORDS = {0: "done", UNFINISHED: "not finished"}
-_LINE = "step {}/{} loss {:.4f}"  # what a child tells the command that watches it
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -189,6 +179,8 @@ def fill_training(options: argparse.Namespace) -> None:
         if getattr(options, name, None) is None:
             setattr(options, name, size)
     options.micro, options.branch = options.micro or options.batch, options.branch or 0.0
+    if options.branch and not 0 < round(options.branch * options.steps) < options.steps:
+        raise BadInput(f"--branch {options.branch:g} of --steps {options.steps} leaves no step to one of both parts")
     if options.batch % options.micro:
         raise BadInput(f"--micro {options.micro} does not divide --batch {options.batch}")
 
@@ -214,55 +206,7 @@ def settings_of(options: argparse.Namespace, corpus: Corpus) -> Settings:
     )
 
 
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def bars(console: Console) -> Progress:
-    """Progress bars, one per arm; a log gets lines instead."""
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
-    )
-
-
 # --- train -----------------------------------------------------------------------------------------------------------
-
-
-class Leave:
-    """Whether to save and leave: after --minutes, or when asked to by a signal while in its context."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.deadline = time.monotonic() + 60 * minutes if minutes else None
-        self.asked, self._first = False, 0.0
-
-    def __enter__(self) -> Leave:
-        self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked and time.monotonic() > self._first + PATIENCE:  # while something compiles, nobody looks
-            sys.exit(UNFINISHED)
-        if not self.asked:
-            self.asked, self._first = True, time.monotonic()
-
-    @property
-    def minutes_left(self) -> float:
-        """Until the deadline, if there is one."""
-        return math.inf if self.deadline is None else max(0.01, (self.deadline - time.monotonic()) / 60)
-
-    def __call__(self, step: int) -> bool:
-        return self.asked or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
 def checked_arm(options: argparse.Namespace) -> Arm:
@@ -299,7 +243,7 @@ def train(options: argparse.Namespace, command: str, console: Console) -> int:
             def advance(done: int, loss: float, offset: int = before - leg.first, seed: int = leg.seed) -> None:
                 progress.update(task, completed=offset + done, note=f"seed {seed} loss {loss:.3f}")
                 if not console.is_terminal:
-                    print(_LINE.format(offset + done, total, loss), flush=True)
+                    print(LINE.format(offset + done, total, loss), flush=True)
 
             if options.wait and not wait_for(leg, settings, leave):
                 return UNFINISHED
@@ -358,7 +302,7 @@ def wait_for(leg: Leg, settings: Settings, leave: Leave) -> bool:
 
 
 def children(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Name and arguments of each `train` command of a plan; an arm of two parts has the seeds of the first."""
+    """Name and words of each `train` command of a plan; an arm of two parts has the seeds of the first."""
     plan = PLANS[options.plan]
     shared = ["--steps", str(options.steps), "--batch", str(options.batch), "--out", str(options.out)]
     shared += _text_flags(options)
@@ -372,7 +316,7 @@ def children(options: argparse.Namespace) -> dict[str, list[str]]:
                 seeds = map(str, options.seeds or part.seeds)
                 what = ["train", "--model", part.model, "--arm", arm, "--seed", *seeds]
                 wait = ["--wait"] if options.branch and f"{part.model} bf16" in found else []
-                found.setdefault(f"{part.model} {arm}", [*what, *shared, *wait])
+                found.setdefault(f"{part.model} {arm}", [sys.executable, __file__, *what, *shared, *wait])
     return found
 
 
@@ -393,8 +337,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     options.steps, options.batch = options.steps or plan.steps, options.batch or plan.batch
     options.branch = plan.branch if options.branch is None else options.branch
     found = children(options)
-    for arguments in found.values():
-        checked_arm(parse_options(arguments))
+    for command in found.values():
+        checked_arm(parse_options(command[2:]))
     check_folder(options.out)
     with console.status("reading and tokenising the text"):
         corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
@@ -403,64 +347,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         f"{corpus.source}: {len(corpus.train) / 1e6:.1f} M training tokens, {corpus.bytes_per_token:.2f} bytes each",
         highlight=False,
     )
-    statuses = run_all(found, options, console)
+    first = {f"{model} bf16" for model in MODELS}
+    statuses = run_all(found, options.out, options.jobs, options.minutes, console, first)
     console.print(f"{sum(not s for s in statuses.values())} of {len(statuses)} arms are done", highlight=False)
     return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
-
-
-def run_all(found: Mapping[str, list[str]], options: argparse.Namespace, console: Console) -> dict[str, int]:
-    """Run commands of this file in processes, --jobs of them at a time; the exit status of each by its name."""
-    with bars(console) as progress, Leave(options.minutes) as ended, ThreadPoolExecutor(options.jobs) as pool:
-        tasks = {name: progress.add_task(name, total=None, note="waiting") for name in found}
-
-        def one(name: str) -> int:
-            if ended(0):
-                return UNFINISHED
-            left = ["--minutes", f"{ended.minutes_left:.2f}"] if options.minutes else []
-            started = time.monotonic()
-            status = watch(name, found[name] + left, options.out, partial(progress.update, tasks[name]), ended)
-            if status and name.endswith(" bf16"):
-                ended.asked = True  # the others are worth nothing without it, and may wait for it
-            word = WORDS.get(status, "failed")
-            progress.update(tasks[name], note=word)
-            if not console.is_terminal:
-                console.print(f"{name}: {word} in {time.monotonic() - started:.0f} s", highlight=False)
-            return status
-
-        statuses = dict(zip(found, pool.map(one, found), strict=True))
-    for name, status in statuses.items():
-        if status not in WORDS:
-            console.print(f"{name} failed: see {options.out / log_name(name)}", highlight=False, soft_wrap=True)
-    return statuses
-
-
-def log_name(name: str) -> str:
-    """The log of a child."""
-    return re.sub(r"[^\w.-]", "_", name) + ".log"
-
-
-def watch(name: str, arguments: list[str], out: Path, update: Any, ended: Leave) -> int:
-    """Run a command of this file, show the steps that it writes to its log; its exit status.
-
-    The log is a file and no pipe: a compiler's worker that outlives a killed command would keep a pipe open.
-    """
-    command = [sys.executable, __file__, *arguments]
-    path, asked = out / log_name(name), False
-    with path.open("w") as log, path.open() as lines:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        update(note="starting")
-        while True:
-            status = child.poll()  # first, so that the last lines are read as well
-            for line in lines:
-                match = re.match(r"step (\d+)/(\d+) loss (\S+)\n", line)
-                if match:
-                    update(completed=int(match[1]), total=int(match[2]), note=f"loss {match[3]}")
-            if status is not None:
-                return status
-            if ended.asked and not asked:
-                asked = True
-                child.terminate()  # it saves and leaves
-            time.sleep(0.2)
 
 
 # --- probe and report ------------------------------------------------------------------------------------------------
@@ -499,7 +389,7 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
                 def advance(done: int, loss: float, total: int = total, task: Any = task) -> None:
                     progress.update(task, completed=done, note=f"loss {loss:.3f}")
                     if not console.is_terminal:
-                        print(_LINE.format(done, total, loss), flush=True)
+                        print(LINE.format(done, total, loss), flush=True)
 
                 key = (settings.to_json(), *(arm.name for arm in todo))  # checkpoints of one model share its graphs
                 if todo and key not in probes:
@@ -520,9 +410,9 @@ def probe_in_shares(options: argparse.Namespace, console: Console) -> int:
     shared = ["--batches", str(options.batches), "--out", str(options.out), *_text_flags(options)]
     if options.checkpoint:
         shared += ["--checkpoint", *map(str, options.checkpoint)]
-    shares = [options.arms[first :: options.jobs] for first in range(options.jobs)]
-    found = {f"probe {share[0]}": ["probe", "--arms", *share, *shared] for share in shares if share}
-    statuses = run_all(found, options, console)
+    shares = [options.arms[first :: options.jobs] for first in range(min(options.jobs, len(options.arms)))]
+    found = {f"probe {share[0]}": [sys.executable, __file__, "probe", "--arms", *share, *shared] for share in shares}
+    statuses = run_all(found, options.out, options.jobs, options.minutes, console)
     return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
 
 

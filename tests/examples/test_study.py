@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tokenizers")
 
 import study
-from lm import claims, corpus, figures, report, tables
+from lm import claims, commands, corpus, figures, report, tables
 from lm.arms import PLANS, PROBED, make_arm, stabilisers
 from lm.findings import findings
 from lm.machine import BadInput
@@ -229,7 +229,7 @@ def test_waiting_for_a_trunk(tmp_path: Path) -> None:
     settings = replace(SETTINGS, branch=0.5)
     trunk = files_of_trunk(tmp_path, "dense", 5)
     leg = study.Leg(5, files_of_run(tmp_path, "dense", make_arm("hif4"), 5), trunk, 3, 6)
-    leave = study.Leave(None)
+    leave = commands.Leave(None)
     leave.asked = True
     assert not study.wait_for(leg, settings, leave)
     about = {"settings": settings.to_json(), "done": "3"}
@@ -265,20 +265,18 @@ def test_what_is_left_of_a_branching_arm(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
-    with study.Leave(None) as leave:
+    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
+    with commands.Leave(None) as leave:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a terminal sends one, the command that watches another
         assert leave(1)
-        now[0] += study.PATIENCE + 1
+        now[0] += commands.PATIENCE + 1
         with pytest.raises(SystemExit) as ended:
             signal.raise_signal(signal.SIGTERM)
-    assert ended.value.code == study.UNFINISHED
+    assert ended.value.code == commands.UNFINISHED
 
 
-def test_a_watched_command_ends_though_its_child_holds_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_watched_command_ends_though_its_child_holds_the_output(tmp_path: Path) -> None:
     script = tmp_path / "child.py"
     script.write_text(
         "import subprocess, sys\n"
@@ -287,13 +285,13 @@ def test_a_watched_command_ends_though_its_child_holds_the_output(
         "print('step 40/40 loss 3.25', flush=True)\n"
         "sys.exit(3)\n"
     )
-    monkeypatch.setattr(study, "__file__", str(script))
     told: list[dict[str, Any]] = []
     started = time.monotonic()
-    assert study.watch("dense hif4", [], tmp_path, lambda **more: told.append(more), study.Leave(None)) == 3
+    log, leave = tmp_path / "child.log", commands.Leave(None)
+    assert commands.watch([sys.executable, str(script)], log, lambda **more: told.append(more), leave) == 3
     assert time.monotonic() - started < 4
     assert told[1:] == [{"completed": n, "total": 40, "note": f"loss {loss}"} for n, loss in ((20, 3.5), (40, 3.25))]
-    assert "step 40/40" in (tmp_path / "dense_hif4.log").read_text()
+    assert "step 40/40" in log.read_text()
 
 
 def test_every_seed_and_step_has_random_numbers_of_its_own() -> None:
@@ -563,6 +561,8 @@ def test_the_report(tmp_path: Path) -> None:
         (["train", "--arm", "hif4", "--switch", "1.5"], "a fraction of the run must be in [0, 1), got 1.5"),
         (["train", "--arm", "hif4", "--dim", "96"], "which does not divide --dim 96"),
         (["train", "--arm", "hif4", "--micro", "3"], "--micro 3 does not divide --batch 4"),
+        (["train", "--arm", "hif4", "--branch", "0.99"], "--branch 0.99 of --steps 40 leaves no step to one of both"),
+        (["train", "--arm", "hif4", "--branch", "0.5"], "no checkpoint of 20 steps to branch off"),
         (["train", "--arm", "bf16", "--text", "nowhere"], "--text nowhere: no such file or folder"),
         (["train", "--arm", "bf16", "--steps", "9999"], "4 epochs are the most"),
         (["train", "--arm", "bf16", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
@@ -597,8 +597,8 @@ def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
     found = study.children(options)
     assert list(found) == ["moe bf16", "moe hif4", "moe mxfp4", "moe nvfp4"]
     both = study.children(study.parse_options(["run", "--plan", "full", "--models", "dense", "--arms", "bf16", *sizes]))
-    assert study.parse_options(both["dense bf16"]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
-    child = study.parse_options(found["moe hif4"])
+    assert study.parse_options(both["dense bf16"][2:]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
+    child = study.parse_options(found["moe hif4"][2:])
     assert (child.verb, child.model, child.arm, child.seed) == ("train", "moe", "hif4", [7])
     for name in ("micro", "batch", "steps", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
         assert getattr(child, name) == getattr(options, name)
