@@ -89,14 +89,15 @@ def _order(name: str, errors: Callable[[str], Errors], shares: Mapping[str, floa
 
 
 def _ingredients(name: str, errors: Callable[[str], Errors], text: Callable[[float], str]) -> str:
-    """Which stabilisers help, hurt, or cannot be told, with the mean difference as `text` puts it."""
+    """Which stabilisers help or hurt, with the mean difference as `text` puts it, and how many cannot be told."""
     answers: dict[str, list[str]] = {}
     for format, ingredient, without, given in ablated(errors):
         pairs = paired(given, without)
         what = f"{label(format)}, {ingredient} ({text(mean_and_spread(pairs)[0])})"
         answers.setdefault(effect(pairs), []).append(what)
-    parts = [f"{word} – {'; '.join(what)}" for word, what in sorted(answers.items())]
-    return f"{name}: {'. '.join(parts)}." if parts else ""
+    parts = [f"{word} – {'; '.join(answers[word])}" for word in ("helps", "hurts") if word in answers]
+    parts += [f"{word} – {len(answers[word])}" for word in ("no effect", "unresolved") if word in answers]
+    return f"{name} (all in the table): {'. '.join(parts)}." if parts else ""
 
 
 def _cosine(error: float) -> str:
