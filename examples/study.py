@@ -5,6 +5,8 @@
     python examples/study.py probe --out out/study                          # BF16 checkpoints, in FP4 without training
     python examples/study.py report --results out/study --out docs/study    # tables, figures, one page
 
+With --branch 0.5 all arms of a seed share the first half of the steps, in BF16, and part there: the time at which the
+loss falls fast differs from run to run, and hides in arms trained from scratch what a format costs.
 Each arm leaves a small file, so a study can be made by many commands, on several machines. A command that was killed
 goes on from its last checkpoint when it is given again, bit for bit. `--help` behind a verb lists its options. From a
 bare checkout, with nothing installed: PYTHONPATH=. python examples/study.py ...
@@ -14,32 +16,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lm.arms import MAIN, PLANS, Arm, check_widths, make_arm
+from lm.arms import PLANS, PROBED, Arm, check_widths, make_arm
 from lm.claims import read_study
+from lm.commands import LINE, UNFINISHED, WORDS, Leave, bars, run_all
 from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
 from lm.model import Shape
 from lm.probe import Probe, load_checkpoint
-from lm.report import all_claims, loss_table, markdown_table, write_report
-from lm.train import Settings, Trainer, describe, files_of_run, finished, make_deterministic
+from lm.report import markdown_table, write_report
+from lm.tables import all_claims, loss_table
+from lm.train import (
+    Files,
+    Settings,
+    Trainer,
+    describe,
+    files_of_probe,
+    files_of_run,
+    files_of_trunk,
+    finished,
+    make_deterministic,
+    steps_done,
+)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from fp4compile import Schedule
@@ -52,12 +59,17 @@ MODELS: dict[str, dict[str, int]] = {
     "dense": {"layers": 6, "dim": 384, "heads": 6, "ff": 1024, "experts": 0},
     "moe": {"layers": 6, "dim": 384, "heads": 6, "ff": 512, "experts": 8},
 }
-UNFINISHED = 3  # exit status of a command that saved and left
-WORDS = {0: "done", UNFINISHED: "not finished"}
-_LINE = "step {}/{} loss {:.4f}"  # what a child tells the command that watches it
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +77,8 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", type=Path, default=None, help="file (.xz too) or folder; without it, the installed Python packages")
     add("--max-mb", type=number, default=200.0, help="megabytes of text at most (%(default)s)")
-    add("--vocabulary", type=count, default=8192, help="tokens of the tokenizer that is trained on it (%(default)s)")
+    # The head stays in BF16. With 2048 tokens it has 7% of the FLOPs of the model below, as in a large model.
+    add("--vocabulary", type=count, default=2048, help="tokens of the tokenizer that is trained on it (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",
@@ -94,6 +107,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=count, default=None, help="of the model; by default as --model says")
     add("--sequence", type=count, default=512, help="tokens of a window (%(default)s)")
     add("--lr", type=number, default=1e-3, help="peak learning rate (%(default)s)")
+    add(
+        "--branch", type=fraction, default=None, help="fraction of the steps that all arms share, in BF16; 0 if no plan"
+    )
     add("--save-every", type=count, default=250, help="steps between two checkpoints (%(default)s)")
     add("--minutes", type=number, default=None, help="save and leave after so long; the same command goes on")
 
@@ -112,13 +128,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--model", choices=MODELS, default="dense")
     train.add_argument("--steps", type=positive(int), default=3000, help="optimiser steps (%(default)s)")
     train.add_argument("--batch", type=positive(int), default=128, help="windows of a step (%(default)s)")
+    train.add_argument("--wait", action="store_true", help="for the bf16 arm, which makes what --branch shares")
     _training_options(train)
 
     run = verbs.add_parser("run", help="every arm of a plan that is not done yet", allow_abbrev=False)
     plans = "; ".join(
-        f"{name}: {plan.about}, {plan.steps} steps of {plan.batch} windows" for name, plan in PLANS.items()
+        f"{name}: {plan.about}, {plan.steps} steps of {plan.batch} windows"
+        + (f", the first {plan.branch:.0%} shared" if plan.branch else "")
+        for name, plan in PLANS.items()
     )
-    run.add_argument("--plan", choices=PLANS, default="quick", help=plans)
+    run.add_argument("--plan", choices=PLANS, default="quick", help=plans.replace("%", "%%"))
     run.add_argument("--arms", nargs="+", default=None, help="these arms only, of the plan or not")
     run.add_argument("--seeds", type=int, nargs="+", default=None, help="these seeds instead of the plan's")
     run.add_argument("--models", nargs="+", choices=MODELS, default=None, help="these models of the plan only")
@@ -129,8 +148,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     probe = verbs.add_parser("probe", help="trained BF16 checkpoints in FP4, without training", allow_abbrev=False)
     probe.add_argument("--checkpoint", type=Path, nargs="+", default=None, help="by default every BF16 one in --out")
-    probe.add_argument("--arms", nargs="+", default=[*MAIN[1:], "hif4-plain", "mxfp4-plain", "nvfp4-plain"])
+    probe.add_argument("--arms", nargs="+", default=[*PROBED], help="recipes; :forward, :dgrad, :wgrad for one role")
     probe.add_argument("--batches", type=positive(int), default=8, help="of the held-out text (%(default)s)")
+    probe.add_argument("--jobs", type=positive(int), default=1, help="processes that share the arms (%(default)s)")
+    probe.add_argument("--minutes", type=positive(float), default=None, help="leave after so long")
     _text_options(probe)
 
     report = verbs.add_parser("report", help="tables, figures and a page from results", allow_abbrev=False)
@@ -157,7 +178,9 @@ def fill_training(options: argparse.Namespace) -> None:
     for name, size in MODELS[options.model].items():
         if getattr(options, name, None) is None:
             setattr(options, name, size)
-    options.micro = options.micro or options.batch
+    options.micro, options.branch = options.micro or options.batch, options.branch or 0.0
+    if options.branch and not 0 < round(options.branch * options.steps) < options.steps:
+        raise BadInput(f"--branch {options.branch:g} of --steps {options.steps} leaves no step to one of both parts")
     if options.batch % options.micro:
         raise BadInput(f"--micro {options.micro} does not divide --batch {options.batch}")
 
@@ -179,55 +202,11 @@ def settings_of(options: argparse.Namespace, corpus: Corpus) -> Settings:
         options.compile_mode,
         not options.allow_fallback,
         options.deterministic,
-    )
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def bars(console: Console) -> Progress:
-    """Progress bars, one per arm; a log gets lines instead."""
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        refresh_per_second=4,
-        disable=not console.is_terminal,
+        options.branch,
     )
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
-
-
-class Leave:
-    """Whether to save and leave: after --minutes, or when asked to by a signal while in its context."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.deadline = time.monotonic() + 60 * minutes if minutes else None
-        self.asked = False
-
-    def __enter__(self) -> Leave:
-        self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    @property
-    def minutes_left(self) -> float:
-        """Until the deadline, if there is one."""
-        return math.inf if self.deadline is None else max(0.01, (self.deadline - time.monotonic()) / 60)
-
-    def __call__(self, step: int) -> bool:
-        return self.asked or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
 def checked_arm(options: argparse.Namespace) -> Arm:
@@ -246,51 +225,105 @@ def train(options: argparse.Namespace, command: str, console: Console) -> int:
     corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
     check_length(corpus, options.sequence, options.batch, options.steps)
     settings = settings_of(options, corpus)
-    seeds = {seed: files_of_run(options.out, options.model, arm, seed) for seed in options.seed}
-    todo = {seed: files for seed, files in seeds.items() if not finished(files, settings)}
-    for seed in seeds.keys() - todo.keys():
-        console.print(f"{arm.name}, seed {seed}: done already", highlight=False)
-    if not todo:
+    legs = legs_of(options, arm, settings)
+    for seed in options.seed:
+        if all(leg.seed != seed for leg in legs):
+            console.print(f"{arm.name}, seed {seed}: done already", highlight=False)
+    if not legs:
         return 0
     if options.deterministic:
         make_deterministic()
+    total = sum(leg.last - leg.first for leg in legs)
     with bars(console) as progress, Leave(options.minutes) as leave:
-        task = progress.add_task(f"{options.model} {arm.name}", total=options.steps * len(todo), note="compiling")
+        task = progress.add_task(f"{options.model} {arm.name}", total=total, note="compiling")
         trainer = Trainer(arm, settings, corpus, describe(settings, corpus, command))
-        for index, (seed, files) in enumerate(todo.items()):
+        before = 0  # steps of the legs that are done
+        for leg in legs:
 
-            def advance(done: int, loss: float, index: int = index, seed: int = seed) -> None:
-                before = index * options.steps
-                progress.update(task, completed=before + done, note=f"seed {seed} loss {loss:.3f}")
+            def advance(done: int, loss: float, offset: int = before - leg.first, seed: int = leg.seed) -> None:
+                progress.update(task, completed=offset + done, note=f"seed {seed} loss {loss:.3f}")
                 if not console.is_terminal:
-                    print(_LINE.format(before + done, options.steps * len(todo), loss), flush=True)
+                    print(LINE.format(offset + done, total, loss), flush=True)
 
-            if not trainer.train(seed, files, advance, options.save_every, leave):
-                console.print(f"{arm.name}, seed {seed}: saved; the same command goes on", highlight=False)
+            if options.wait and not wait_for(leg, settings, leave):
                 return UNFINISHED
+            last = leg.last if leg.last < settings.steps else None
+            if not trainer.train(leg.seed, leg.files, advance, options.save_every, leave, leg.trunk, last):
+                console.print(f"{arm.name}, seed {leg.seed}: saved; the same command goes on", highlight=False)
+                return UNFINISHED
+            before += leg.last - leg.first
     return 0
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What is left to do of a seed, from step `first` to step `last`: a trunk, or what branches off one."""
+
+    seed: int
+    files: Files
+    trunk: Files | None
+    first: int
+    last: int
+
+
+def legs_of(options: argparse.Namespace, arm: Arm, settings: Settings) -> list[Leg]:
+    """The trunks of all seeds, for which others may wait, then the arm's own steps; BF16 makes trunks.
+
+    Raises:
+        BadInput: there is no trunk to branch off, and nobody to wait for.
+    """
+    first, trunks, arms = settings.first, [], []
+    for seed in options.seed:
+        files, trunk = files_of_run(options.out, options.model, arm, seed), None
+        if first:
+            trunk = files_of_trunk(options.out, options.model, seed)
+            missing = steps_done(trunk, settings) < first
+            if missing and arm.recipe is None:
+                trunks.append(Leg(seed, trunk, None, 0, first))
+            elif missing and not options.wait:
+                raise BadInput(
+                    f"{trunk.state}: no checkpoint of {first} steps to branch off; train --arm bf16 first, or --wait"
+                )
+        if not finished(files, settings):
+            arms.append(Leg(seed, files, trunk, first, settings.steps))
+    return [*trunks, *arms]
+
+
+def wait_for(leg: Leg, settings: Settings, leave: Leave) -> bool:
+    """Wait for the leg's trunk; False if it is time to leave."""
+    while leg.trunk is not None and steps_done(leg.trunk, settings) < leg.first:
+        if leave(0):
+            return False
+        time.sleep(0.5)
+    return True
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
 def children(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Name and arguments of each `train` command of a plan; an arm of two parts has the seeds of the first."""
+    """Name and words of each `train` command of a plan; an arm of two parts has the seeds of the first."""
     plan = PLANS[options.plan]
     shared = ["--steps", str(options.steps), "--batch", str(options.batch), "--out", str(options.out)]
-    for name in ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro"):
+    shared += _text_flags(options)
+    for name in ("layers", "dim", "heads", "ff", "sequence", "lr", "branch", "save_every"):
         shared += _flag(options, name)
-    for name in ("layers", "dim", "heads", "ff", "sequence", "lr", "save_every"):
-        shared += _flag(options, name)
-    shared += ["--allow-fallback"] * options.allow_fallback + ["--no-deterministic"] * (not options.deterministic)
     found: dict[str, list[str]] = {}
     for part in plan.parts:
         if options.models is None or part.model in options.models:
-            for arm in options.arms or part.arms:
+            arms = sorted(options.arms or part.arms, key=lambda arm: arm != "bf16")  # makes what others wait for
+            for arm in arms:
                 seeds = map(str, options.seeds or part.seeds)
                 what = ["train", "--model", part.model, "--arm", arm, "--seed", *seeds]
-                found.setdefault(f"{part.model} {arm}", [*what, *shared])
+                wait = ["--wait"] if options.branch and f"{part.model} bf16" in found else []
+                found.setdefault(f"{part.model} {arm}", [sys.executable, __file__, *what, *shared, *wait])
     return found
+
+
+def _text_flags(options: argparse.Namespace) -> list[str]:
+    names = ("text", "max_mb", "vocabulary", "device", "dtype", "backend", "compile_mode", "micro")
+    flags = [flag for name in names for flag in _flag(options, name)]
+    return flags + ["--allow-fallback"] * options.allow_fallback + ["--no-deterministic"] * (not options.deterministic)
 
 
 def _flag(options: argparse.Namespace, name: str) -> list[str]:
@@ -302,9 +335,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Train every arm of a plan, each in a process of its own."""
     plan = PLANS[options.plan]
     options.steps, options.batch = options.steps or plan.steps, options.batch or plan.batch
+    options.branch = plan.branch if options.branch is None else options.branch
     found = children(options)
-    for arguments in found.values():
-        checked_arm(parse_options(arguments))
+    for command in found.values():
+        checked_arm(parse_options(command[2:]))
     check_folder(options.out)
     with console.status("reading and tokenising the text"):
         corpus = load_corpus(options.text, options.max_mb, options.vocabulary, options.out)
@@ -313,65 +347,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
         f"{corpus.source}: {len(corpus.train) / 1e6:.1f} M training tokens, {corpus.bytes_per_token:.2f} bytes each",
         highlight=False,
     )
-    with bars(console) as progress, Leave(options.minutes) as ended, ThreadPoolExecutor(options.jobs) as pool:
-        tasks = {name: progress.add_task(name, total=None, note="waiting") for name in found}
-
-        def one(name: str) -> int:
-            if ended(0):
-                return UNFINISHED
-            left = ["--minutes", f"{ended.minutes_left:.2f}"] if options.minutes else []
-            started = time.monotonic()
-            status = watch(name, found[name] + left, options.out, partial(progress.update, tasks[name]), ended)
-            word = WORDS.get(status, "failed")
-            progress.update(tasks[name], note=word)
-            if not console.is_terminal:
-                console.print(f"{name}: {word} in {time.monotonic() - started:.0f} s", highlight=False)
-            return status
-
-        statuses = dict(zip(found, pool.map(one, found), strict=True))
-    for name, status in statuses.items():
-        if status not in WORDS:
-            console.print(f"{name} failed: see {options.out / log_name(name)}", highlight=False, soft_wrap=True)
+    first = {f"{model} bf16" for model in MODELS}
+    statuses = run_all(found, options.out, options.jobs, options.minutes, console, first)
     console.print(f"{sum(not s for s in statuses.values())} of {len(statuses)} arms are done", highlight=False)
     return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
-
-
-def log_name(name: str) -> str:
-    """The log of a child."""
-    return re.sub(r"[^\w.-]", "_", name) + ".log"
-
-
-def watch(name: str, arguments: list[str], out: Path, update: Any, ended: Leave) -> int:
-    """Run a `train` command, keep its output in a log, show its steps; its exit status."""
-    command = [sys.executable, __file__, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        asker = threading.Thread(target=_pass_on, args=(child, ended), daemon=True)
-        asker.start()
-        update(note="starting")
-        with (out / log_name(name)).open("w") as log:
-            for line in child.stdout or ():
-                log.write(line)
-                log.flush()
-                match = re.match(r"step (\d+)/(\d+) loss (\S+)", line)
-                if match:
-                    update(completed=int(match[1]), total=int(match[2]), note=f"loss {match[3]}")
-        return child.wait()
-
-
-def _pass_on(child: subprocess.Popen[str], ended: Leave) -> None:
-    """Ask a child to save and leave when this command is asked to."""
-    while child.poll() is None:
-        if ended.asked:
-            child.terminate()
-            return
-        time.sleep(0.5)
 
 
 # --- probe and report ------------------------------------------------------------------------------------------------
 
 
 def probe(options: argparse.Namespace, command: str, console: Console) -> int:
-    """Measure BF16 checkpoints in each recipe."""
+    """Measure BF16 checkpoints in each recipe that they were not measured in yet."""
     arms = [make_arm(name) for name in options.arms]
     if any(arm.recipe is None or arm.switch is not None for arm in arms):
         raise BadInput("the probe compares recipes with BF16: --arms takes neither bf16 nor a switch")
@@ -381,36 +367,61 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
         raise BadInput(f"--out {options.out}: no checkpoint of a bf16 arm there; train one, or name it by --checkpoint")
     check_folder(options.out)
     loaded = {path: load_checkpoint(path) for path in paths}
+    corpora = {}
+    for path, (_, trained, _) in loaded.items():
+        corpora[path] = load_corpus(options.text, options.max_mb, trained.shape.vocabulary, options.out)
+        if corpora[path].digest != trained.corpus:
+            raise BadInput(f"{path} was trained on another text; give the --text, --max-mb and --out of its training")
+    if min(options.jobs, len(arms)) > 1:
+        return probe_in_shares(options, console)
     if options.deterministic:
         make_deterministic()
-    probes: dict[str, Probe] = {}
-    for path, (state, trained, seed) in loaded.items():
-        corpus = load_corpus(options.text, options.max_mb, trained.shape.vocabulary, options.out)
-        if corpus.digest != trained.corpus:
-            raise BadInput(f"{path} was trained on another text; give the --text, --max-mb and --out of its training")
-        settings = probe_settings(options, trained)
-        with bars(console) as progress:
-            tasks = {arm.name: progress.add_task(arm.name, total=options.batches, note=path.stem) for arm in arms}
+    probes: dict[tuple[str, ...], Probe] = {}
+    with Leave(options.minutes) as leave:
+        for path, (state, trained, seed) in loaded.items():
+            settings, corpus = probe_settings(options, trained), corpora[path]
+            files = {arm.name: files_of_probe(options.out, settings.model, arm, seed) for arm in arms}
+            todo = [arm for arm in arms if not finished(files[arm.name], settings)]
+            total, started = options.batches * len(todo), time.monotonic()
+            with bars(console) as progress:
+                task = progress.add_task(path.stem, total=total, note=f"{len(todo)} recipes")
 
-            def advance(name: str, done: int, tasks: dict[str, Any] = tasks) -> None:
-                progress.update(tasks[name], completed=done)
+                def advance(done: int, loss: float, total: int = total, task: Any = task) -> None:
+                    progress.update(task, completed=done, note=f"loss {loss:.3f}")
+                    if not console.is_terminal:
+                        print(LINE.format(done, total, loss), flush=True)
 
-            key = settings.to_json()  # checkpoints of one model share its graphs
-            if key not in probes:
-                probes[key] = Probe(arms, corpus, settings, options.batches)
-            found = probes[key].measure(state, advance)
-        result = {"kind": "probe", "model": settings.model, "seed": seed, **describe(settings, corpus, command)}
-        result |= {"arms": found}
-        name = f"probe-{settings.model}-s{seed}.json"
-        write_atomically(options.out / name, json.dumps(result).encode())
-        console.print(f"wrote {options.out / name}", highlight=False, soft_wrap=True)
+                key = (settings.to_json(), *(arm.name for arm in todo))  # checkpoints of one model share its graphs
+                if todo and key not in probes:
+                    probes[key] = Probe(todo, corpus, settings, options.batches)
+                found = probes[key].measure(state, advance, leave) if todo else {}
+            if found is None:
+                return UNFINISHED
+            for name, rows in found.items():
+                result = {"kind": "probe", "model": settings.model, "seed": seed, "arms": {name: rows}}
+                result |= {**describe(settings, corpus, command), "seconds": time.monotonic() - started}
+                write_atomically(files[name].result, json.dumps(result).encode())
+            console.print(f"{path.stem}: {len(todo)} of {len(arms)} recipes measured", highlight=False, soft_wrap=True)
     return 0
 
 
+def probe_in_shares(options: argparse.Namespace, console: Console) -> int:
+    """Measure the arms in --jobs processes, each with every n-th of them."""
+    shared = ["--batches", str(options.batches), "--out", str(options.out), *_text_flags(options)]
+    if options.checkpoint:
+        shared += ["--checkpoint", *map(str, options.checkpoint)]
+    shares = [options.arms[first :: options.jobs] for first in range(min(options.jobs, len(options.arms)))]
+    found = {f"probe {share[0]}": [sys.executable, __file__, "probe", "--arms", *share, *shared] for share in shares}
+    statuses = run_all(found, options.out, options.jobs, options.minutes, console)
+    return 1 if set(statuses.values()) - WORDS.keys() else max(statuses.values())
+
+
 def probe_settings(options: argparse.Namespace, trained: Settings) -> Settings:
-    """The settings of the training, on this device and with these options of compilation."""
+    """The settings of the training, on this device and with these options of compilation; steps are batches."""
     return replace(
         trained,
+        steps=options.batches,
+        batch=options.micro or min(trained.batch, 16),
         micro=options.micro or min(trained.batch, 16),
         dtype=options.dtype,
         device=options.device,
@@ -429,7 +440,7 @@ def report(options: argparse.Namespace, console: Console) -> int:
         if study.arms(model):
             console.print(markdown_table(loss_table(study, model)), highlight=False, soft_wrap=True)
         for claim in all_claims(study, model):
-            console.print(f"- {claim.text}: {claim.answer}", highlight=False, soft_wrap=True)
+            console.print(f"- {model}, {claim.measure}: {claim.text}: {claim.answer}", highlight=False, soft_wrap=True)
     for path in write_report(study, options.out):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0

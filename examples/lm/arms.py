@@ -3,6 +3,7 @@
 bf16                    torch.compile without FP4
 hif4, own.toml          a recipe, as `options={"recipe": ...}` takes it
 hif4-plain+rht+sr       a recipe with ingredients added: the ablations
+hif4:wgrad              a recipe in one of the three GEMMs alone; the others stay in BF16
 hif4@0.9                a recipe, then BF16 from 90% of the steps on
 """
 
@@ -13,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fp4compile.recipe import RECIPES, Operand, Recipe, resolve
+from fp4compile.recipe import RECIPES, ROLES, Operand, Recipe, resolve
 from lm.machine import BadInput
 
 # Ingredient -> the operand spec with it, from role, name of the operand and its spec.
@@ -65,7 +66,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name in file names: letters, digits, dots, dashes and underscores."""
-        return self.name.replace("+", "_").replace("@", "_at")
+        return self.name.replace("+", "_").replace(":", ".").replace("@", "_at")
 
 
 def with_ingredients(recipe: Recipe, names: Sequence[str]) -> Recipe:
@@ -83,6 +84,27 @@ def with_ingredients(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return recipe
 
 
+def in_role(recipe: Recipe, role: str) -> Recipe:
+    """The recipe without the rules of the other roles."""
+    if role not in ROLES:
+        raise BadInput(f"unknown GEMM {role!r} of {recipe.name}; there are {', '.join(ROLES)}")
+    rules = tuple(rule for rule in recipe.rules if rule.role == role)
+    return replace(recipe, name=f"{recipe.name}:{role}", rules=rules, source=f"{recipe.source}; {role} alone")
+
+
+def stabilisers(recipe: Recipe) -> str:
+    """What a recipe does beyond quantising every GEMM to the nearest values, in words."""
+    specs = recipe.operands
+    found = {
+        "Hadamard transform": any(spec.hadamard for spec in specs),
+        "stochastic rounding": any(spec.rounding == "stochastic" for spec in specs),
+        "truncation-free scales": any(spec.scale_rule == "truncation-free" for spec in specs),
+        "2-D blocks": any(spec.block_2d for spec in specs),
+        f"BF16 in {recipe.keep_last:.0%} of the layers": recipe.keep_last > 0,
+    }
+    return ", ".join(name for name, there in found.items() if there) or "none"
+
+
 def make_arm(text: str, switch: float | None = None) -> Arm:
     """The arm that a name stands for; `switch` is an `@` by other means."""
     text, at, fraction = text.partition("@")
@@ -95,8 +117,13 @@ def make_arm(text: str, switch: float | None = None) -> Arm:
         if switch is not None:
             raise BadInput("arm bf16 has no FP4 to switch off")
         return Arm("bf16", None)
-    name, *ingredients = [text] if text.endswith(".toml") else text.split("+")
-    recipe = with_ingredients(resolve(name), ingredients)
+    if text.endswith(".toml"):
+        recipe = resolve(text)
+    else:
+        text, colon, role = text.partition(":")
+        name, *ingredients = text.split("+")
+        recipe = with_ingredients(resolve(name), ingredients)
+        recipe = in_role(recipe, role) if colon else recipe
     return Arm(recipe.name if switch is None else f"{recipe.name}@{switch:g}", recipe, switch)
 
 
@@ -136,24 +163,39 @@ class Plan:
     Attributes:
         steps, batch: optimiser steps of every run and windows of a step, where the options do not say otherwise.
         parts: in the order in which they are trained.
+        branch: fraction of the steps that all arms of a seed share.
     """
 
     about: str
     steps: int
     batch: int
     parts: tuple[Part, ...]
+    branch: float = 0.0
 
 
 FOUR = (0, 1, 2, 3)  # the fewest seeds that carry a claim
 MAIN = ("bf16", "hif4", "mxfp4", "nvfp4")
+PLAIN = ("hif4-plain", "mxfp4-plain", "nvfp4-plain")
 ABLATIONS = (
     *(f"{format}-plain{more}" for format in ("hif4", "mxfp4", "nvfp4") for more in ("", "+rht", "+sr", "+rht+sr")),
     *(f"{format}-plain{more}" for format in ("hif4", "mxfp4", "nvfp4") for more in ("+tf", "+rht+sr+tf")),
     *(f"{format}-plain+2d" for format in ("mxfp4", "nvfp4")),
     "hif4@0.9",
 )
+# What the probe measures; of one role alone, the three recipes.
+PROBED = (
+    *dict.fromkeys((*MAIN[1:], *PLAIN, *(arm for arm in ABLATIONS if "@" not in arm))),
+    *(f"{arm}:{role}" for arm in MAIN[1:] for role in ROLES),
+)
 PLANS: Mapping[str, Plan] = {
     "quick": Plan("four seeds of short runs, dense", 1000, 32, (Part("dense", (*MAIN, "hif4-plain"), FOUR),)),
+    "branch": Plan(
+        "four seeds of every format with and without stabilisers, branching off BF16, dense and MoE",
+        1200,
+        64,
+        (Part("dense", (*MAIN, *PLAIN), FOUR), Part("moe", (*MAIN, "hif4-plain"), FOUR)),
+        branch=0.5,
+    ),
     "full": Plan(
         "four seeds of the recipes, dense and MoE, and two of the ablations",
         3000,

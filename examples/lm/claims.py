@@ -21,15 +21,20 @@ TIMES = 3.0  # spreads that a difference must exceed
 BAR = 0.01  # the relative loss error that HiF4 is to stay below
 
 Result = Mapping[str, Any]
-# Seed -> relative loss error; NaN for an arm that diverged.
-Errors = dict[int, float]
+# Seed, or seed and batch -> relative loss error; NaN for an arm that diverged.
+Errors = dict[Any, float]
 
 
 def final_loss(result: Result) -> float:
     """Mean training loss of the last tenth of the steps; NaN if the arm diverged."""
-    losses = result["losses"]
-    tail = losses[-max(1, round(len(losses) * TAIL)) :]
-    return math.nan if result["diverged"] else statistics.fmean(tail)
+    return tenth_loss(result, 1)
+
+
+def tenth_loss(result: Result, last: int) -> float:
+    """Mean training loss of a tenth of the steps, the `last` one from the end; NaN if the arm diverged."""
+    losses, size = result["losses"], max(1, round(len(result["losses"]) * TAIL))
+    part = losses[len(losses) - last * size : len(losses) - (last - 1) * size]
+    return math.nan if result["diverged"] else statistics.fmean(part)
 
 
 def held_out_loss(result: Result) -> float:
@@ -43,11 +48,13 @@ class Study:
 
     Attributes:
         runs: (model, arm) -> seed -> result of training.
-        probes: model -> seed -> result of the frozen probe.
+        probes: model -> seed -> result of the frozen probe, with all of its arms.
+        commands: what made the results.
     """
 
     runs: dict[tuple[str, str], dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
     probes: dict[str, dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
+    commands: set[str] = field(default_factory=set)
 
     @property
     def models(self) -> list[str]:
@@ -65,6 +72,20 @@ class Study:
         base = self.runs.get((model, "bf16"), {})
         runs = self.runs.get((model, arm), {})
         return {seed: gap(loss(runs[seed]), loss(base[seed])) for seed in sorted(runs.keys() & base.keys())}
+
+    def share(self, model: str, arm: str) -> float | None:
+        """Share of the FLOPs of all GEMMs that a trained arm does in FP4; None if it was not trained."""
+        reports = [run["report"] for run in self.runs.get((model, arm), {}).values()]
+        return reports[0]["fp4_share"] if reports and reports[0] else None
+
+    def batch_errors(self, model: str, arm: str) -> Errors:
+        """Relative loss error of each batch of each probed checkpoint."""
+        return {
+            (seed, batch): error
+            for seed, result in sorted(self.probes.get(model, {}).items())
+            if arm in result["arms"]
+            for batch, error in enumerate(probe_batches(result, arm))
+        }
 
     def probe_errors(self, model: str, arm: str) -> Errors:
         """Relative loss error of each probed checkpoint, as a mean over its batches."""
@@ -88,15 +109,17 @@ def read_study(folder: Path) -> Study:
         result = json.loads(path.read_text())
         if not isinstance(result, dict) or result.get("kind") not in ("train", "probe"):
             continue  # the tokenizer, for one
-        model, seed = result["model"], result["seed"]
-        if result["kind"] == "probe":
-            study.probes[model][seed] = result
-            continue
-        first, theirs = settings.setdefault(model, (path, result["settings"]))
+        kind, model, seed = (result[key] for key in ("kind", "model", "seed"))
+        first, theirs = settings.setdefault((kind, model), (path, result["settings"]))
         if theirs != result["settings"]:
             changed = [key for key in theirs if theirs[key] != result["settings"].get(key)]
             raise BadInput(f"{path} and {first} cannot be compared: {', '.join(changed)} differ")
-        study.runs[model, result["arm"]][seed] = result
+        study.commands.add(result["command"])
+        if kind == "train":
+            study.runs[model, result["arm"]][seed] = result
+        else:
+            arms = study.probes[model].get(seed, {"arms": {}})["arms"] | result["arms"]
+            study.probes[model][seed] = {**result, "arms": arms}
     if not study.models:
         raise BadInput(f"{folder}: no results of study.py there")
     return study
@@ -129,35 +152,75 @@ class Claim:
     """A statement and what the data say of it.
 
     Attributes:
+        measure: what the differences were measured by.
         text: what is claimed: that the differences are below zero.
-        differences: one for each seed.
+        differences: one for each pair.
+        unit: what the pairs are of.
     """
 
+    measure: str
     text: str
     differences: tuple[float, ...]
+    unit: str = "seeds"
+
+    @property
+    def pairs(self) -> str:
+        """How many pairs there are of what."""
+        return f"{len(self.differences)} {self.unit}"
+
+    @property
+    def word(self) -> str:
+        """The verdict in words."""
+        if not all(map(math.isfinite, self.differences)):
+            return "no: an arm diverged"
+        words = {"below": "**yes**", "above": "**no, the data say the opposite**"}
+        return words.get(verdict(self.differences), "unresolved at this scale")
 
     @property
     def answer(self) -> str:
-        """The verdict in words, with its numbers."""
-        mean, deviation = mean_and_spread(self.differences)
-        numbers = f"paired difference {percent(mean)} ± {percent(deviation, sign=False)}, {len(self.differences)} seeds"
+        """The verdict with its numbers."""
         if not all(map(math.isfinite, self.differences)):
-            return "no: an arm diverged"
-        word = {"below": "**yes**", "above": "**no, the data say the opposite**"}
-        return f"{word.get(verdict(self.differences), 'unresolved at this scale')} ({numbers})"
+            return self.word
+        mean, deviation = mean_and_spread(self.differences)
+        numbers = f"paired difference {percent(mean)} ± {percent(deviation, sign=False)}, {self.pairs}"
+        return f"{self.word} ({numbers})"
 
 
-def claims(what: str, errors: Mapping[str, Errors]) -> list[Claim]:
-    """The study's three statements on HiF4, from arm -> errors; only those that there are pairs for."""
-    ours = errors.get("hif4", {})
-    found = [Claim(f"{what}: HiF4's gap is below {BAR:.0%}", tuple(error - BAR for error in ours.values()))]
-    for other in ("mxfp4", "nvfp4"):
-        theirs = errors.get(other, {})
-        pairs = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
-        found.append(Claim(f"{what}: HiF4's gap is below {label(other)}'s", pairs))
+def claims(
+    measure: str,
+    errors: Mapping[str, Errors],
+    shares: Mapping[str, float | None] | None = None,
+    unit: str = "seeds",
+) -> list[Claim]:
+    """The study's statements on HiF4, with and without stabilisers; only those that there are pairs for.
+
+    Args:
+        measure: what `errors` were measured by.
+        errors: arm -> errors.
+        shares: arm -> share of the FLOPs in FP4; said where two arms do not have the same.
+        unit: what the keys of errors are.
+    """
+    found = []
+    for suffix in ("", "-plain"):
+        name = f"hif4{suffix}"
+        ours = errors.get(name, {})
+        below = tuple(error - BAR for error in ours.values())
+        found.append(Claim(measure, f"{label(name)}'s gap is below {BAR:.0%}", below, unit))
+        for other in (f"mxfp4{suffix}", f"nvfp4{suffix}"):
+            theirs = errors.get(other, {})
+            pairs = tuple(ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys()))
+            text = f"{label(name)}'s gap is below {label(other)}'s" + _unequal(shares or {}, name, other)
+            found.append(Claim(measure, text, pairs, unit))
     return [claim for claim in found if claim.differences]
+
+
+def _unequal(shares: Mapping[str, float | None], ours: str, theirs: str) -> str:
+    """What two arms do in FP4, where it is not the same."""
+    one, other = shares.get(ours), shares.get(theirs)
+    return "" if one is None or other is None or one == other else f" ({one:.1%} and {other:.1%} of the FLOPs in FP4)"
 
 
 def percent(value: float, sign: bool = True) -> str:
     """A share as text; a dash where there is none."""
-    return f"{100 * value:{'+' if sign else ''}.2f}%" if math.isfinite(value) else "–"
+    rounded = round(100 * value, 2) + 0.0 if math.isfinite(value) else math.nan  # no minus before a zero
+    return f"{rounded:{'+' if sign and rounded else ''}.2f}%" if math.isfinite(rounded) else "–"

@@ -3,6 +3,9 @@
 For each batch: loss and gradients in BF16, then in each recipe, at the same weights. Reported are the relative loss
 error and the cosine between both gradients of every weight matrix (made by wgrad, from what the dgrads behind it
 passed down) and of every block's input (made by dgrads).
+
+A batch's cosine counts bias and noise alike. The cosine of the mean gradients of all batches tells them apart: noise
+averages out over n batches, as it does over the steps of a training, and bias stays.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ def gradients(
     model.zero_grad()
     loss = forward(compiled, window, settings)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def place(name: str) -> str | None:
@@ -103,33 +106,58 @@ class Probe:
         options = compile_options(self.settings)
         return Schedule(self.model, arm.precisions, 1, options=options, fullgraph=True, dynamic=False).at(0)
 
-    def measure(self, state: Mapping[str, Tensor], advance: Callable[[str, int], None]) -> dict[str, Any]:
-        """Arm -> its losses and BF16's, and the cosine of every place, of each batch; `state` is a checkpoint's."""
+    def measure(
+        self, state: Mapping[str, Tensor], advance: Callable[[int, float], None], stop: Callable[[int], bool]
+    ) -> dict[str, Any] | None:
+        """What each arm does to a checkpoint.
+
+        Args:
+            state: the checkpoint's weights.
+            advance: is told how many batches of how many arms are done, and the latest loss.
+            stop: is asked after each batch whether to leave.
+
+        Returns:
+            Arm -> its losses and BF16's, and the cosine of every place, of each batch; "mean_cosines", of the mean
+            gradients of all batches. None if it was to leave.
+        """
         ours = {name: value for name, value in self.model.named_parameters() if not name.endswith(".tap")}
         with torch.no_grad():
             for name, value in ours.items():
                 value.copy_(state[name.replace(".block.", ".")])
+        arms = {arm.name: subject for arm, subject in zip(self.arms, self.subjects, strict=True)}
+        rows: dict[str, Any] = {
+            name: {"bf16_losses": [], "losses": [], "cosines": defaultdict(list), "mean_cosines": {}} for name in arms
+        }
+        base_sum: Gradients = {}
+        sums: dict[str, Gradients] = {name: {} for name in arms}
         # Arms are graphs of one function: more of them than Dynamo keeps of a function that recompiles.
-        with torch._dynamo.config.patch(recompile_limit=len(self.arms) + 8):
-            return {
-                arm.name: self._measure(arm, subject, advance)
-                for arm, subject in zip(self.arms, self.subjects, strict=True)
-            }
-
-    def _measure(self, arm: Arm, subject: Callable[..., Tensor], advance: Callable[[str, int], None]) -> dict[str, Any]:
-        rows: dict[str, Any] = {"bf16_losses": [], "losses": [], "cosines": defaultdict(list)}
-        for index, window in enumerate(self.windows):
-            base_loss, base = gradients(self.reference, self.model, window, self.settings, index)
-            loss, ours = gradients(subject, self.model, window, self.settings, index)
-            rows["bf16_losses"].append(base_loss)
-            rows["losses"].append(loss)
-            for name, value in _cosines(base, ours).items():
-                rows["cosines"][name].append(value)
-            advance(arm.name, index + 1)
+        with torch._dynamo.config.patch(recompile_limit=len(arms) + 8):
+            for index, window in enumerate(self.windows):
+                base_loss, base = gradients(self.reference, self.model, window, self.settings, index)
+                _add(base_sum, base)
+                for number, (name, subject) in enumerate(arms.items()):
+                    loss, found = gradients(subject, self.model, window, self.settings, index)
+                    _add(sums[name], found)
+                    rows[name]["bf16_losses"].append(base_loss)
+                    rows[name]["losses"].append(loss)
+                    for where, value in cosines(base, found).items():
+                        rows[name]["cosines"][where].append(value)
+                    advance(index * len(arms) + number + 1, loss)
+                    if stop(index):
+                        return None
+        for name in arms:
+            rows[name]["mean_cosines"] = cosines(base_sum, sums[name])
         return rows
 
 
-def _cosines(base: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
+def _add(total: Gradients, more: Mapping[str, Tensor]) -> None:
+    """Add the weights' gradients; those of the taps are of other tokens in each batch."""
+    for name, value in more.items():
+        if not name.endswith(".tap"):
+            total[name] = total[name] + value if name in total else value
+
+
+def cosines(base: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
     """Place -> cosine; "weights" for all weight matrices that FP4 GEMMs made, taken as one vector."""
     found = {where: cosine(base[name], ours[name]) for name in base if (where := place(name))}
     joined = [

@@ -1,5 +1,9 @@
 """Training of one arm, which can be stopped after any step and goes on bit for bit.
 
+The arms of a seed may branch off one trunk: its first steps, in BF16, made once and shared by all of them. While the
+loss falls fast, a small change moves the time of the fall, and that outweighs what a format costs; behind the fall,
+arms that begin at the same weights, optimiser and batches stay close, and their differences can be told from noise.
+
 A step is a function of its number, the seed and what the checkpoint holds (weights, optimiser): its batch and the
 random numbers of its graphs (stochastic rounding draws its seed from torch's generator) are drawn from (seed, step).
 """
@@ -29,7 +33,7 @@ from lm.machine import BadInput, machine_name, synchronise
 from lm.model import Shape, learning_rate, make_model, make_optimizer
 
 FLOOR = 0.05  # of the learning rate, at the end
-HELD_OUT_WINDOWS = 256
+HELD_OUT_WINDOWS = 1024
 _READ = 20  # steps between two looks at the losses: each waits for the device
 
 
@@ -48,6 +52,7 @@ class Settings:
         device: torch device.
         backend, mode, strict: options of `torch.compile(backend="fp4compile")`.
         deterministic: whether kernels without atomics were asked for.
+        branch: fraction of the steps that all arms of a seed share, in BF16; 0 to train every arm from scratch.
     """
 
     model: str
@@ -63,6 +68,12 @@ class Settings:
     mode: str = "default"
     strict: bool = True
     deterministic: bool = False
+    branch: float = 0.0
+
+    @property
+    def first(self) -> int:
+        """The step at which the arms of a seed part."""
+        return round(self.branch * self.steps)
 
     def to_json(self) -> str:
         """As text, to compare."""
@@ -92,6 +103,26 @@ class Files:
 def files_of_run(folder: Path, model: str, arm: Arm, seed: int) -> Files:
     """The files of one arm and seed."""
     return Files(folder, f"{model}-{arm.slug}-s{seed}")
+
+
+def files_of_trunk(folder: Path, model: str, seed: int) -> Files:
+    """The files of what the arms of a seed share: a state alone."""
+    return Files(folder, f"{model}-trunk-s{seed}")
+
+
+def files_of_probe(folder: Path, model: str, arm: Arm, seed: int) -> Files:
+    """The file of a seed's BF16 checkpoint in one recipe: a result alone."""
+    return Files(folder, f"probe-{model}-{arm.slug}-s{seed}")
+
+
+def steps_done(files: Files, settings: Settings) -> int:
+    """How many steps the checkpoint has behind it, 0 without one; one of other settings is an error."""
+    if not files.state.exists():
+        return 0
+    with safetensors.safe_open(files.state, "pt") as file:
+        about = file.metadata()
+    _same(files.state, about["settings"], settings)
+    return int(about["done"])
 
 
 def describe(settings: Settings, corpus: Corpus, command: str) -> dict[str, Any]:
@@ -137,8 +168,13 @@ def make_deterministic() -> None:
 
 
 def forward(compiled: Callable[..., Tensor], window: Tensor, settings: Settings) -> Tensor:
-    """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name."""
+    """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name.
+
+    What a graph returned before may be overwritten: modes with CUDA graphs keep their outputs in one place, and without
+    the mark a forward that no backward follows would be recorded anew each time.
+    """
     device = torch.device(settings.device)
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         return compiled(window[:, :-1], window[:, 1:])
 
@@ -190,6 +226,8 @@ class Trainer:
         advance: Callable[[int, float], None],
         save_every: int,
         stop: Callable[[int], bool],
+        trunk: Files | None = None,
+        last: int | None = None,
     ) -> bool:
         """Train one seed, or go on with it; whether it came to its end.
 
@@ -197,24 +235,29 @@ class Trainer:
             advance: is told the number of steps done and the latest loss.
             save_every: steps between two checkpoints.
             stop: is asked after each step, by its number of steps done, whether to save and leave.
+            trunk: where to begin; without it, at the seed's initial weights.
+            last: number of steps to end at with a checkpoint instead of a result, which makes a trunk.
         """
         run = _Run(self, seed, files)
-        done = run.load()
+        done = run.begin(trunk)
+        end = last or self.settings.steps
         clock = time.perf_counter() - run.seconds
-        while done < self.settings.steps:
+        while done < end:
             run.step(done)
             done += 1
-            leave = done < self.settings.steps and stop(done)
-            if done % _READ == 0 or done == self.settings.steps or leave:
+            leave = done < end and stop(done)
+            if done % _READ == 0 or done == end or leave:
                 latest = run.losses[done - 1].item()
                 advance(done, latest)
                 if not math.isfinite(latest):
                     break
-            if leave or done % save_every == 0:
+            if leave or done % save_every == 0 or done == last:
                 run.seconds = time.perf_counter() - clock
                 run.save(done)
             if leave:
                 return False
+        if last is not None:
+            return True
         synchronise(self.device)
         run.seconds = time.perf_counter() - clock
         run.finish(done)
@@ -231,7 +274,23 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.settings.lr)
         self.batches = Batches(trainer.train_tokens, self.settings.shape.sequence, self.settings.batch, seed)
         self.losses = torch.full((self.settings.steps,), math.nan, device=trainer.device)
+        self.seconds, self.first = 0.0, 0
+        # Gradients that add up over several graphs lie outside the graphs' memory, which the next one overwrites.
+        self.adds_up = self.settings.micro < self.settings.batch
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if self.adds_up else None
+
+    def begin(self, trunk: Files | None) -> int:
+        """Go to the run's checkpoint, else to the trunk's, where there is one; the number of steps done."""
+        if trunk is not None:
+            self.first = self.settings.first
+        if self.files.state.exists() or trunk is None:
+            return self.load(self.files)
+        done = self.load(trunk)
+        if done != self.first:
+            raise BadInput(f"{trunk.state}: {done} of {self.first} steps; train the bf16 arm with this --branch first")
         self.seconds = 0.0
+        return done
 
     def step(self, step: int) -> None:
         """One optimiser step."""
@@ -244,11 +303,11 @@ class _Run:
         for window in self.batches.at(step).split(settings.micro):
             loss = forward(compiled, window, settings)
             (loss * share).backward()
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())
         self.losses[step] = torch.stack(losses).mean()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.adds_up)
 
     def held_out(self) -> float:
         """Loss on evenly spaced windows of the held-out text, in the precision of the last step.
@@ -262,7 +321,8 @@ class _Run:
         compiled = self.trainer.schedule.at(settings.steps - 1)
         torch.manual_seed(0)
         losses = [
-            forward(compiled, windows_at(tokens, part, sequence), settings).detach() for part in starts.split(micro)
+            forward(compiled, windows_at(tokens, part, sequence), settings).detach().clone()
+            for part in starts.split(micro)
         ]
         return torch.stack(losses).mean().item()
 
@@ -275,14 +335,14 @@ class _Run:
         about = {"settings": self.settings.to_json(), "done": str(done), "seconds": str(self.seconds)}
         write_atomically(self.files.state, safetensors.torch.save({k: v.cpu() for k, v in tensors.items()}, about))
 
-    def load(self) -> int:
-        """Go back to the checkpoint, if there is one; the number of steps done."""
-        if not self.files.state.exists():
+    def load(self, files: Files) -> int:
+        """Go back to a checkpoint, if there is one; the number of steps done."""
+        done = steps_done(files, self.settings)
+        if not done:
             return 0
-        with safetensors.safe_open(self.files.state, "pt") as file:
-            about = file.metadata()
+        with safetensors.safe_open(files.state, "pt") as file:
+            self.seconds = float(file.metadata()["seconds"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _same(self.files.state, about["settings"], self.settings)
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -292,14 +352,13 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.losses.copy_(tensors["losses"])
-        self.seconds = float(about["seconds"])
-        return int(about["done"])
+        return done
 
     def finish(self, done: int) -> None:
         """Write the result, and the weights of a BF16 arm for the probe; the checkpoint goes."""
         trainer, settings = self.trainer, self.settings
         losses = self.losses[:done].tolist()
-        tokens = done * settings.batch * settings.shape.sequence
+        per_step = settings.batch * settings.shape.sequence
         result = {
             "kind": "train",
             "model": settings.model,
@@ -312,8 +371,8 @@ class _Run:
             "report": trainer.report,
             "seconds": self.seconds,
             "compile_seconds": trainer.compile_seconds,
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.seconds,
+            "tokens": done * per_step,
+            "tokens_per_second": (done - self.first) * per_step / self.seconds,
             "diverged": not all(map(math.isfinite, losses)),
             "held_out_loss": _finite(self.held_out()),
             "losses": [_finite(loss) for loss in losses],

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tokenizers")
 
 import study
-from lm import claims, corpus, report
-from lm.arms import PLANS, make_arm
+from lm import claims, commands, corpus, figures, report, tables
+from lm.arms import PLANS, PROBED, make_arm, stabilisers
+from lm.findings import findings
 from lm.machine import BadInput
 from lm.model import Shape
-from lm.train import Settings, Trainer, files_of_run
+from lm.train import Settings, Trainer, files_of_run, files_of_trunk, steps_done
 
 from fp4compile.errors import FP4ValueError
-from fp4compile.recipe import RECIPES
+from fp4compile.recipe import RECIPES, ROLES
 
 SCRIPT = Path(study.__file__)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -80,8 +85,17 @@ def test_every_arm_of_every_plan_can_be_made() -> None:
             assert len({arm.slug for arm in made}) == len(made)
             assert all(re.fullmatch(r"[\w.-]+", arm.slug) for arm in made)
     named = {arm for plan in PLANS.values() for part in plan.parts for arm in part.arms}
-    for suffixes in report.ABLATIONS.values():  # what the report compares is trained
+    for suffixes in tables.ABLATIONS.values():  # what the report compares is trained
         assert any({format + suffix for suffix in suffixes} <= named for format in ("hif4", "mxfp4", "nvfp4"))
+
+
+def test_a_role_alone_keeps_its_rules() -> None:
+    arm, whole = make_arm("mxfp4:wgrad"), RECIPES.get("mxfp4")
+    assert arm.recipe is not None and arm.recipe.rules == tuple(rule for rule in whole.rules if rule.role == "wgrad")
+    assert (arm.name, arm.slug) == ("mxfp4:wgrad", "mxfp4.wgrad")
+    assert set(PROBED) > {f"{arm}:{role}" for arm in ("hif4", "mxfp4", "nvfp4") for role in ROLES}
+    for arm in map(make_arm, PROBED):
+        assert arm.recipe is not None and arm.recipe.rules
 
 
 def test_a_switch_ends_fp4() -> None:
@@ -95,6 +109,7 @@ def test_a_switch_ends_fp4() -> None:
     [
         ("hif5", "unknown recipe 'hif5'"),
         ("hif4-plain+rhd", "unknown ingredient 'rhd' of hif4-plain; there are rht, sr, tf, 2d"),
+        ("hif4:fprop", "unknown GEMM 'fprop' of hif4; there are forward, dgrad, wgrad"),
         ("hif4@late", "a fraction of the steps"),
         ("bf16@0.5", "no FP4 to switch off"),
         ("hif4-plain+2d", "format hif4 has no 2-D blocks"),
@@ -179,10 +194,104 @@ def test_a_run_goes_on_bit_for_bit(arm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_arms_branch_off_one_trunk(tmp_path: Path) -> None:
+    settings, corpus_ = replace(SETTINGS, branch=0.5), made_corpus()
+    trunk, bf16, mxfp4 = files_of_trunk(tmp_path, "dense", 5), make_arm("bf16"), make_arm("mxfp4")
+    first, second = (Trainer(arm, settings, corpus_, {"settings": {}}) for arm in (bf16, mxfp4))
+    ran: list[int] = []
+
+    def go(trainer: Trainer, *more: Any, stop: int = 0) -> bool:
+        files = trunk if len(more) == 2 else files_of_run(tmp_path, "dense", trainer.arm, 5)
+        return trainer.train(5, files, lambda done, _: ran.append(done), 100, lambda done: done == stop, *more)
+
+    with pytest.raises(BadInput, match="0 of 3 steps; train the bf16 arm"):
+        go(second, trunk)
+    assert not go(first, None, 3, stop=2)  # killed within the trunk
+    assert steps_done(trunk, settings) == 2
+    assert go(first, None, 3) and steps_done(trunk, settings) == 3
+    assert go(first, trunk) and go(second, trunk)
+    assert ran == [2, 3, 6, 6]
+    whole = trained("bf16", tmp_path / "whole")["losses"]
+    ours, theirs = (json.loads((tmp_path / f"dense-{arm}-s5.json").read_text())["losses"] for arm in ("bf16", "mxfp4"))
+    assert ours == whole  # a branch of its own trunk is the run from scratch
+    assert theirs[:3] == whole[:3] and theirs[3:] != whole[3:]
+    assert theirs[3] == pytest.approx(whole[3], rel=1e-3)  # same weights, same batch
+
+
+@pytest.mark.slow
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole = trained("bf16", tmp_path / "whole", settings=replace(SETTINGS, micro=4))
     parts = trained("bf16", tmp_path / "parts", settings=replace(SETTINGS, micro=1))
     assert whole["losses"] == pytest.approx(parts["losses"], rel=1e-5)
+
+
+def test_waiting_for_a_trunk(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, branch=0.5)
+    trunk = files_of_trunk(tmp_path, "dense", 5)
+    leg = study.Leg(5, files_of_run(tmp_path, "dense", make_arm("hif4"), 5), trunk, 3, 6)
+    leave = commands.Leave(None)
+    leave.asked = True
+    assert not study.wait_for(leg, settings, leave)
+    about = {"settings": settings.to_json(), "done": "3"}
+    trunk.state.write_bytes(safetensors.torch.save({"losses": torch.zeros(6)}, about))
+    assert study.wait_for(leg, settings, leave)
+    with pytest.raises(BadInput, match="was made with other settings"):
+        study.wait_for(leg, replace(settings, steps=8), leave)
+
+
+def test_what_is_left_of_a_branching_arm(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, branch=0.5)
+    options = argparse.Namespace(out=tmp_path, model="dense", seed=[0, 1], wait=False)
+
+    def legs(arm: str) -> list[tuple[int, str, int, int]]:
+        found = study.legs_of(options, make_arm(arm), settings)
+        return [(leg.seed, leg.files.stem, leg.first, leg.last) for leg in found]
+
+    trunks = [(seed, f"dense-trunk-s{seed}", 0, 3) for seed in (0, 1)]
+    branches = [(seed, f"dense-bf16-s{seed}", 3, 6) for seed in (0, 1)]
+    assert legs("bf16") == trunks + branches  # first what others wait for
+    with pytest.raises(BadInput, match=r"no checkpoint of 3 steps to branch off; train --arm bf16 first, or --wait"):
+        legs("hif4")
+    options.wait = True
+    assert legs("hif4") == [(seed, f"dense-hif4-s{seed}", 3, 6) for seed in (0, 1)]
+    options.wait = False
+    for seed in (0, 1):
+        about = {"settings": settings.to_json(), "done": "3"}
+        files_of_trunk(tmp_path, "dense", seed).state.write_bytes(
+            safetensors.torch.save({"losses": torch.zeros(6)}, about)
+        )
+    assert legs("bf16") == branches and len(legs("hif4")) == 2
+
+
+def test_a_second_signal_ends_at_once_and_an_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
+    with commands.Leave(None) as leave:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a terminal sends one, the command that watches another
+        assert leave(1)
+        now[0] += commands.PATIENCE + 1
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == commands.UNFINISHED
+
+
+def test_a_watched_command_ends_though_its_child_holds_the_output(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "print('step 20/40 loss 3.5', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'])\n"
+        "print('step 40/40 loss 3.25', flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    told: list[dict[str, Any]] = []
+    started = time.monotonic()
+    log, leave = tmp_path / "child.log", commands.Leave(None)
+    assert commands.watch([sys.executable, str(script)], log, lambda **more: told.append(more), leave) == 3
+    assert time.monotonic() - started < 4
+    assert told[1:] == [{"completed": n, "total": 40, "note": f"loss {loss}"} for n, loss in ((20, 3.5), (40, 3.25))]
+    assert "step 40/40" in log.read_text()
 
 
 def test_every_seed_and_step_has_random_numbers_of_its_own() -> None:
@@ -229,12 +338,13 @@ def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) 
         "model": model,
         "arm": arm,
         "seed": seed,
-        "settings": {"steps": 20, "batch": 4, "lr": 1e-3, "dtype": "bfloat16", "shape": vars(SHAPE) | {"experts": 0}},
+        "settings": {"steps": 20, "batch": 4, "lr": 1e-3, "dtype": "bfloat16", "branch": 0.5, "shape": vars(SHAPE)},
         "command": f"train --arm {arm}",
         "text": {"source": "<made up>", "train_tokens": 10**6, "held_out_tokens": 10**4, "bytes_per_token": 3.0},
         "machine": {"device": "none", "torch": "2"},
         "report": None if arm == "bf16" else {"fp4_share": 0.9},
         "switch": 0.9 if arm.endswith("@0.9") else None,
+        "parameters": 10**6,
         "tokens_per_second": 1000.0,
         "diverged": False,
         "held_out_loss": loss + 0.1,
@@ -250,7 +360,7 @@ def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
             "bf16_losses": [2.0, 4.0],
             "losses": [2.0 * (1 + error), 4.0 * (1 + error)],
             "cosines": {"weights": [0.9, 0.8], "layers.0": [0.99, 0.97], "layers.0.attention.q_proj": [0.7, 0.5]},
-            "fp4_share": 0.9,
+            "mean_cosines": {"weights": 0.95 - error, "layers.0.attention.q_proj": 0.8},
         }
         for arm, error in losses.items()
     }
@@ -303,22 +413,110 @@ def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
         for arm, gap in gaps.items()
         for seed in range(4)
     ]
-    training, *_ = zip(*[iter(report.all_claims(write_results(tmp_path, runs), "dense"))] * 3, strict=True)
+    training, *_ = zip(*[iter(tables.all_claims(write_results(tmp_path, runs), "dense"))] * 3, strict=True)
     answers = [claim.answer for claim in training]
     assert [answer.split("**")[1] for answer in answers] == ["yes", "yes", "no, the data say the opposite"]
     assert answers[1].endswith("(paired difference -1.60% ± 0.01%, 4 seeds)")
     few = write_results(tmp_path / "few", [run for run in runs if run["seed"] < 3])
-    assert all("unresolved" in claim.answer for claim in report.all_claims(few, "dense"))
+    assert all("unresolved" in claim.answer for claim in tables.all_claims(few, "dense"))
+
+
+def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
+    noise = (0.0, 1e-4, -1e-4, 5e-5)
+    gaps = {"hif4": 0.004, "hif4-plain": 0.006, "mxfp4": 0.02, "nvfp4": 0.0041}
+    runs = [result("bf16", seed, 3.0 + seed / 100) for seed in range(4)]
+    for index, (arm, gap) in enumerate(gaps.items()):
+        for seed in range(4):
+            runs.append(result(arm, seed, (3.0 + seed / 100) * (1 + gap + noise[(seed + index) % 4])))
+    runs += [probe_result(seed, {"hif4-plain": 0.004, "hif4": 0.002 + noise[seed]}) for seed in range(4)]
+    text = "\n".join(findings(write_results(tmp_path, runs), "dense"))
+    assert "Training loss: mean gap to BF16 HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%." in text
+    assert "Resolved: HiF4 < MXFP4, NVFP4 < MXFP4. Unresolved at this scale: HiF4 < NVFP4." in text
+    assert "Below 1%: HiF4, NVFP4. Above 1%: MXFP4." in text
+    assert (
+        "what stabilisers do to the gap (all in the table): helps – HiF4, the recipe's Hadamard transform (-0.20%)."
+        in text
+    )
+    assert (
+        "cosine of the mean gradient (all in the table): helps – HiF4, the recipe's Hadamard transform (+0.0020)."
+        in text
+    )
+    assert "cosine of one batch's gradient (all in the table): no effect – 1." in text
+    assert "last tenth of the steps but one and in the last: HiF4 +0.30% → +0.40%" in text
+    assert "final losses of 4 seeds lie 1.00% apart" in text
+    assert "MXFP4 90.0%, NVFP4 90.0%, HiF4-plain 90.0% (all at or above 90%)" in text
+    assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
+
+
+def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Path) -> None:
+    gaps = {"bf16": 0.0, "hif4": 0.01, "nvfp4": 0.02, "hif4-plain": 0.02, "nvfp4-plain": 0.03}
+    runs = [result(arm, seed, 3.0 * (1 + gap)) for arm, gap in gaps.items() for seed in range(4)]
+    for run in runs:
+        if run["arm"] == "nvfp4":
+            run["report"] = {"fp4_share": 0.75}
+    runs.append(probe_result(0, {"hif4": 0.01, "nvfp4": 0.02}))
+    made = write_results(tmp_path, runs)
+    rows = [row[:2] + row[3:4] for row in tables.claims_table(made, "dense")]
+    note = " (90.0% and 75.0% of the FLOPs in FP4)"
+    assert ["training loss", f"HiF4's gap is below NVFP4's{note}", "4 seeds"] in rows
+    assert ["training loss", "HiF4-plain's gap is below NVFP4-plain's", "4 seeds"] in rows
+    assert ["frozen probe", f"HiF4's gap is below NVFP4's{note}", "2 batches"] in rows
+    assert "NVFP4 +2.00% (with 75.0% of the FLOPs in FP4)" in findings(made, "dense")[0]
+
+
+def test_stabilisers_in_words() -> None:
+    found = {name: stabilisers(RECIPES.get(name)) for name in ("hif4", "mxfp4", "nvfp4", "nvfp4-plain")}
+    assert found == {
+        "hif4": "Hadamard transform",
+        "mxfp4": "Hadamard transform, stochastic rounding, truncation-free scales",
+        "nvfp4": "Hadamard transform, stochastic rounding, 2-D blocks, BF16 in 15% of the layers",
+        "nvfp4-plain": "none",
+    }
+
+
+def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
+    text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
+    assert len(text) == 3 and text[2].startswith("Nothing was trained")
+    assert all("Fewer than 4 pairs carry no claim." in sentence for sentence in text[:2])
+    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
+    assert text[0] == "Training loss: diverged: HiF4."
+
+
+def test_probes_of_many_files_are_one(tmp_path: Path) -> None:
+    made = write_results(tmp_path, [probe_result(0, {"hif4": 0.01}), probe_result(0, {"mxfp4": 0.04})])
+    assert set(made.probes["dense"][0]["arms"]) == {"hif4", "mxfp4"}
+    other = probe_result(1, {"hif4": 0.01})
+    other["settings"] = other["settings"] | {"steps": 7}
+    with pytest.raises(BadInput, match="cannot be compared: steps differ"):
+        write_results(tmp_path, [probe_result(0, {"hif4": 0.01}), other])
+
+
+def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> None:
+    arms = {"hif4": 0.01, "hif4:dgrad": 0.0, "nvfp4": 0.02, "nvfp4-plain": 0.02}
+    made = write_results(tmp_path, [probe_result(0, arms)])
+    assert figures.heat_map(made, "dense").startswith(PNG)
+    assert figures._grid({"layers.3.mlp.up_proj": 0.5, "layers.3": 0.7, "weights": 0.9}) == {
+        ("mlp.up_proj", 3): 0.5,
+        ("block input", 3): 0.7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "+1.23%"), (-1e-9, "0.00%"), (-0.002, "-0.20%"), (math.nan, "–")]
+)
+def test_percent(value: float, text: str) -> None:
+    assert claims.percent(value) == text
 
 
 def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
     runs = [result(arm, seed, 3.0) for arm in ("bf16", "hif4", "mxfp4") for seed in range(4)]
     runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
     made = write_results(tmp_path, runs)
-    assert "no: an arm diverged" in {claim.answer for claim in report.all_claims(made, "dense")}
-    (row,) = [row for row in report.loss_table(made, "dense") if row[0] == "HiF4"]
+    assert "no: an arm diverged" in {claim.answer for claim in tables.all_claims(made, "dense")}
+    (row,) = [row for row in tables.loss_table(made, "dense") if row[0] == "HiF4"]
     assert row[2:4] == ["diverged", "diverged"]
-    report.curves_figure(made, "dense")
+    figures.curves_figure(made, "dense")
 
 
 def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
@@ -333,15 +531,15 @@ def test_the_report(tmp_path: Path) -> None:
     runs = [result(arm, seed, 2.0 + 0.01 * i) for i, arm in enumerate(names) for seed in (0, 1)]
     runs += [result(arm, 0, 2.0 + 0.01 * i, "moe") for i, arm in enumerate(names[:2])]
     made = write_results(tmp_path / "results", [*runs, probe_result(0, {"hif4": 0.01, "mxfp4": 0.04})])
-    assert report.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500 ± 0.0707"]
-    assert ["block input", "0.9800", "0.9800"] in report.cosine_table(made, "dense", report._kind)
-    assert ["layers.0, weights", "0.6000", "0.6000"] in report.cosine_table(made, "dense", report._block)
-    ablations = {tuple(row[:2]): row for row in report.ablation_table(made, "dense")}
+    assert tables.probe_table(made, "dense")[1][:5] == ["HiF4", "1", "+1.00%", "0.00%", "0.8500"]
+    assert ["block input", "0.9800", "0.9800"] in tables.kind_table(made, "dense")
+    assert ["attention.q_proj", "0.6000", "0.6000"] in tables.kind_table(made, "dense")
+    ablations = {tuple(row[:2]): row for row in tables.ablation_table(made, "dense")}
     assert ablations["HiF4", "Hadamard transform"][2:] == [
         "+1.50% ± 0.00%",
         "+2.00% ± 0.00%",
         "+0.50% ± 0.00%",
-        "unresolved at this scale",
+        "unresolved",
     ]
     assert {("MXFP4", "stochastic rounding"), ("HiF4", "BF16 for the last 10% of the steps")} < ablations.keys()
 
@@ -353,8 +551,8 @@ def test_the_report(tmp_path: Path) -> None:
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
     assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
-    shares = {row[0]: row[6] for row in report.loss_table(made, "dense")}
-    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "81.0%")
+    shares = {row[0]: row[6] for row in tables.loss_table(made, "dense")}
+    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "90.0%")
     assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
 
 
@@ -369,6 +567,8 @@ def test_the_report(tmp_path: Path) -> None:
         (["train", "--arm", "hif4", "--switch", "1.5"], "a fraction of the run must be in [0, 1), got 1.5"),
         (["train", "--arm", "hif4", "--dim", "96"], "which does not divide --dim 96"),
         (["train", "--arm", "hif4", "--micro", "3"], "--micro 3 does not divide --batch 4"),
+        (["train", "--arm", "hif4", "--branch", "0.99"], "--branch 0.99 of --steps 40 leaves no step to one of both"),
+        (["train", "--arm", "hif4", "--branch", "0.5"], "no checkpoint of 20 steps to branch off"),
         (["train", "--arm", "bf16", "--text", "nowhere"], "--text nowhere: no such file or folder"),
         (["train", "--arm", "bf16", "--steps", "9999"], "4 epochs are the most"),
         (["train", "--arm", "bf16", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
@@ -403,8 +603,8 @@ def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
     found = study.children(options)
     assert list(found) == ["moe bf16", "moe hif4", "moe mxfp4", "moe nvfp4"]
     both = study.children(study.parse_options(["run", "--plan", "full", "--models", "dense", "--arms", "bf16", *sizes]))
-    assert study.parse_options(both["dense bf16"]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
-    child = study.parse_options(found["moe hif4"])
+    assert study.parse_options(both["dense bf16"][2:]).seed == [0, 1, 2, 3]  # of the first part, not of the ablations'
+    child = study.parse_options(found["moe hif4"][2:])
     assert (child.verb, child.model, child.arm, child.seed) == ("train", "moe", "hif4", [7])
     for name in ("micro", "batch", "steps", "lr", "out", "vocabulary", "deterministic", "allow_fallback", "text"):
         assert getattr(child, name) == getattr(options, name)
@@ -413,24 +613,32 @@ def test_a_plan_becomes_train_commands(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run_probe_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, shared = tmp_path / "out", ["--text", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
-    run = ["run", *TINY, *shared, "--jobs", "2", "--seeds", "0", "1", "--arms", "bf16", "hif4-plain"]
+    run = ["run", *TINY, *shared, "--jobs", "2", "--seeds", "0", "1", "--arms", "hif4-plain", "bf16", "--branch", "0.5"]
     assert study.main(run) == 0
     assert "2 of 2 arms are done" in capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert sum("dense-" in path.name for path in made) == 4
     assert study.main(run) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == made
-    assert study.main(["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4"]) == 0
-    probed = json.loads((out / "probe-dense-s1.json").read_text())
-    for rows in probed["arms"].values():
+    losses = {arm: json.loads((out / f"dense-{arm}-s1.json").read_text())["losses"] for arm in ("bf16", "hif4-plain")}
+    assert losses["bf16"][:20] == losses["hif4-plain"][:20] and losses["bf16"][20:] != losses["hif4-plain"][20:]
+    probe = ["probe", *shared, "--backend", "reference", "--batches", "2", "--arms", "hif4", "nvfp4", "--jobs", "2"]
+    assert study.main(probe) == 0
+    probed = {
+        name: json.loads((out / f"probe-dense-{name}-s1.json").read_text())["arms"][name] for name in ("hif4", "nvfp4")
+    }
+    for rows in probed.values():
         assert 0 < abs(rows["losses"][0] / rows["bf16_losses"][0] - 1) < 0.05
         assert set(rows["cosines"]) == {"weights", "layers.0"} | {
             f"layers.0.{name}_proj"
             for name in (*(f"attention.{n}" for n in "qkvo"), *(f"mlp.{n}" for n in ("gate", "up", "down")))
         }
         assert all(0.5 < value < 1 for values in rows["cosines"].values() for value in values)
+    made = {path: path.stat().st_mtime_ns for path in out.glob("probe-*.json")}
+    assert len(made) == 4 and study.main(probe) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("probe-*.json")} == made
     assert study.main(["report", "--results", str(out), "--out", str(tmp_path / "docs")]) == 0
     assert "hif4-plain" in (tmp_path / "docs" / "report.md").read_text().lower()
     capsys.readouterr()
-    assert study.main(["train", *TINY, *shared, "--arm", "bf16", "--lr", "1"]) == 2
+    assert study.main(["train", *TINY, *shared, "--arm", "bf16", "--branch", "0.5", "--lr", "1"]) == 2
     assert "made with other settings (lr 0.001 there, 1.0 now)" in capsys.readouterr().err
