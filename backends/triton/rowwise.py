@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.codec import contiguously, encoder, padded_size, transform
+from fp4compile.backends.triton.codec import encoder, padded_size, pointers, transform
 from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, run, signed
+from fp4compile.backends.triton.replay import Launches
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
 from fp4compile.producer import produced_dtype
@@ -194,41 +195,31 @@ def _results(
     )
 
 
-def arguments_of(
-    planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None, **operands: Tensor | None
-) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[Tensor, ...]]:
-    """The tensors of the two launches on a contiguous x, and the op's results."""
+def plan_rows(
+    x: Tensor,
+    format: str,
+    wanted: tuple[tuple[int, Axis], ...],
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+    producer: str = "",
+    e5m2: bool = False,
+    **operands: Tensor | None,
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The two launches that quantise along the wanted axes, of contiguous tensors, and the results."""
+    planned = plan(x.shape, produced_dtype(x, producer), format, wanted, sign_seed is not None, producer, e5m2)
     results = {axis: _results(x, planned.values, *sizes) for axis, sizes in planned.shapes.items()}
-    source: dict[str, Any] = {"x_ptr": x, **contiguously(operands)}
+    source: dict[str, Any] = {"x_ptr": x, **pointers(operands)}
     given = dict(source)
     for axis in (0, 1):
         tensors = results.get(axis, (None,) * len(_RESULTS))
         given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
     window = source | {name: given[name] for name in _WINDOW}
     flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
-    return (window, {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}), flat
+    quantize = {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}
+    return [(planned.window, window), (planned.quantize, quantize)], flat
 
 
-def _quantize(
-    x: Tensor,
-    format: str,
-    wanted: tuple[tuple[int, Axis], ...],
-    seed: Tensor | None,
-    sign_seed: Tensor | None,
-    producer: str,
-    e5m2: bool,
-    **operands: Tensor | None,
-) -> tuple[Tensor, ...]:
-    x = x.detach().contiguous()
-    dtype = produced_dtype(x, producer)
-    planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer, e5m2)
-    (window, quantize), results = arguments_of(planned, x, seed, sign_seed, **operands)
-    run(planned.window, window, x.device)
-    run(planned.quantize, quantize, x.device)
-    return results
-
-
-def quantize_rowwise(
+def plan_quantize_rowwise(
     x: Tensor,
     format: str,
     axis: int,
@@ -239,13 +230,13 @@ def quantize_rowwise(
     hadamard: int,
     sign_seed: Tensor | None,
     **produced: Any,
-) -> tuple[Tensor, ...]:
-    """The op `quantize_rowwise`."""
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """`plan_rows` of the op `quantize_rowwise`."""
     wanted = ((axis % 2, Axis(rounding, scale_rule, stream, hadamard)),)
-    return _quantize(x, format, wanted, seed, sign_seed, **produced)
+    return plan_rows(x, format, wanted, seed, sign_seed, **produced)
 
 
-def quantize_rowwise_both(
+def plan_quantize_rowwise_both(
     x: Tensor,
     format: str,
     rounding: Sequence[str],
@@ -255,11 +246,11 @@ def quantize_rowwise_both(
     seed: Tensor | None,
     sign_seed: Tensor | None,
     **produced: Any,
-) -> tuple[Tensor, ...]:
-    """The op `quantize_rowwise_both`."""
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """`plan_rows` of the op `quantize_rowwise_both`."""
     options = zip(rounding, scale_rule, stream, hadamard, strict=True)
     wanted = tuple((axis, Axis(*each)) for axis, each in enumerate(options))
-    return _quantize(x, format, wanted, seed, sign_seed, **produced)
+    return plan_rows(x, format, wanted, seed, sign_seed, **produced)
 
 
 # --- the GEMM --------------------------------------------------------------------------------------------------------
