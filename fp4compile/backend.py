@@ -210,13 +210,17 @@ class Dispatch:
         args += self._defaults[len(args) :]
         if kwargs:
             args = tuple(map(kwargs.get, self._names, args))
+        return self.bound(args)(*args)
+
+    def bound(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What runs calls like this one; takes all arguments in order."""
         facts = _facts(args)
-        bound = self._bound.get(facts)
-        if bound is None:
+        found = self._bound.get(facts)
+        if found is None:
             if len(self._bound) >= _MOST_BOUND:
                 self._bound.clear()
-            bound = self._bound[facts] = self._bind(dict(zip(self._names, args, strict=True)))
-        return bound(*args)
+            found = self._bound[facts] = self._bind(dict(zip(self._names, args, strict=True)))
+        return found
 
     def _bind(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
         for kernel in self._kernels:
@@ -241,12 +245,29 @@ def _install(backend: Backend) -> None:
         _INSTALLED[op, device].put_first([k for k in backend.kernels if (k.op, k.device) == (op, device)])
 
 
-def installed(op: str, device: str) -> Callable[..., Any]:
-    """What runs an op on tensors of a type of device, past torch's dispatcher: below autograd, on plain tensors.
+# Files that Inductor has written and keeps in its cache call the next two by these names.
 
-    Files that Inductor has written and keeps in its cache call it by this name.
-    """
+
+def installed(op: str, device: str) -> Callable[..., Any]:
+    """What runs an op on tensors of a type of device, past torch's dispatcher: below autograd, on plain tensors."""
     return _INSTALLED.get((op, device)) or OPS[op].overload
+
+
+class Place:
+    """A place in a program whose calls differ in where their tensors lie and in nothing else.
+
+    Attributes:
+        run: the op as `installed` runs it, of all arguments in order; the first call decides what all others do.
+    """
+
+    def __init__(self, op: str, device: str) -> None:
+        self._op, self._device = op, device
+        self.run: Callable[..., Any] = self._first
+
+    def _first(self, *args: Any) -> Any:
+        found = installed(self._op, self._device)
+        self.run = found.bound(args) if isinstance(found, Dispatch) else found
+        return self.run(*args)
 
 
 def install_kernels(backend_name: str = "inductor") -> None:

@@ -188,8 +188,8 @@ KERNELS: tuple[Kernel, ...] = (
         "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.plan_quantize_rowwise_both,
         *_ROWS, _along_both(*_OPTIONS_OF_ROWS), least=rowwise.LEAST_CAPABILITY,
     ),
-    _kernel(
-        "cublas/mm_rowwise", "mm_rowwise", rowwise.mm_rowwise,
+    _bound(
+        "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,
         _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,
     ),
 )  # fmt: skip

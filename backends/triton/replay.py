@@ -22,7 +22,7 @@ from fp4compile.backends.triton.launch import Launch, is_current, run
 
 # Launches with their arguments, in order.
 Launches = Sequence[tuple[Launch, Mapping[str, Any]]]
-# From an op's arguments by name, contiguous tensors, to its launches and its results.
+# From an op's arguments by name, contiguous tensors, to its launches and its results; none where it writes to arguments.
 # A plan computes nothing: a tensor in what it returns is one that it was given or has allocated, or the same memory
 # seen as another dtype.
 Plan = Callable[..., tuple[Launches, Tensor | tuple[Tensor, ...]]]
@@ -81,7 +81,7 @@ class Replay:
         known: list[Tensor] = list(read.values())
         flat = (results,) if isinstance(results, Tensor) else results
         known += flat
-        work = any(x.numel() for x in flat)
+        work = not flat or any(x.numel() for x in flat)
         self._steps = [_step(launch, by_name, known) for launch, by_name in launches] if work else []
         self._results = slice(len(read), len(read) + len(flat))
         self._made = [(x.shape, x.dtype) for x in known[len(read) :]]

@@ -10,7 +10,7 @@ Nothing waits for the device: `exact` is always launched, and returns at once wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
 from fp4compile.backends.triton.codec import encoder, padded_size, pointers, transform
-from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, run, signed
-from fp4compile.backends.triton.replay import Launches
+from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, signed
+from fp4compile.backends.triton.replay import Launches, Replay
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
 from fp4compile.producer import produced_dtype
@@ -280,23 +280,48 @@ def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
     return Launch(_KERNELS, "exact", programs, sizes, {**flags, **_EXACT, "BLOCK": block}, 4)
 
 
-def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
-    """Make what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
+def plan_again(
+    out: Tensor, counts: Tensor, bias: Tensor | None, **operands: Tensor
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The launch that makes what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
     blocks, rows = operands["a_exponents"].shape
     launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
-    pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in operands.items()}
-    bias = None if bias is None else bias.contiguous()
-    run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": _counts(out.device)}, out.device)
+    pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
+    return [(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counts})], ()
 
 
-def mm_rowwise(dtype: torch.dtype, bias: Tensor | None, **operands: Tensor) -> Tensor:
-    """The op `mm_rowwise`."""
-    a, b = operands["a"], operands["b"]
-    scales = {"scale_a": operands["a_scale"][:, None], "scale_b": operands["b_scale"][None, :]}
-    # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
-    out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
-    compute_again(out, operands, bias)
-    return out
+def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    """Run what `plan_again` says."""
+    arguments = {"out": out, "counts": _counts(out.device), "bias": bias, **operands}
+    Replay(plan_again, arguments)(*arguments.values())
+
+
+def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The op `mm_rowwise` for calls like this one."""
+    operands = {name: value for name, value in arguments.items() if name not in ("dtype", "bias")}
+    device, shape = operands["a"].device, (operands["a"].shape[0], operands["b"].shape[0])
+    like = torch.empty(shape, dtype=arguments["dtype"], device="meta")
+    again = Replay(plan_again, {**operands, "bias": arguments["bias"], "out": like, "counts": _counts(device)})
+
+    def mm_rowwise(
+        a: Tensor,
+        a_scale: Tensor,
+        a_exponents: Tensor,
+        a_flags: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        b_exponents: Tensor,
+        b_flags: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> Tensor:
+        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
+        # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
+        out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
+        again(a, a_scale, a_exponents, a_flags, b, b_scale, b_exponents, b_flags, bias, out, _counts(device))
+        return out
+
+    return mm_rowwise
 
 
 def notes() -> list[str]:
