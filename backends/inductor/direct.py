@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import sympy
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.codegen.wrapper import ExternKernelAllocLine
 from torch._inductor.virtualized import V
@@ -63,8 +62,8 @@ class _Line(ExternKernelAllocLine):
 
 def _static(node: Any) -> bool:
     """Whether all calls from this line are alike."""
-    numbers = [n for x in node.inputs for n in (*x.get_size(), *x.get_stride())]
-    return all(not isinstance(n, sympy.Expr) or n.is_Integer for n in (*numbers, *node.constant_args))
+    sizes = [n for x in node.inputs for n in (*x.get_size(), *x.get_stride())]
+    return not any(getattr(n, "free_symbols", None) for n in (*sizes, *node.constant_args))
 
 
 def _writer(op: Op) -> Callable[[Any, Callable[[Any], None]], None]:

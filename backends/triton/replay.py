@@ -22,7 +22,8 @@ from fp4compile.backends.triton.launch import Launch, is_current, run
 
 # Launches with their arguments, in order.
 Launches = Sequence[tuple[Launch, Mapping[str, Any]]]
-# From an op's arguments by name, contiguous tensors, to its launches and its results; none where it writes to arguments.
+# From an op's arguments by name, contiguous tensors, to its launches and its results; to none where it writes into an
+# argument.
 # A plan computes nothing: a tensor in what it returns is one that it was given or has allocated, or the same memory
 # seen as another dtype.
 Plan = Callable[..., tuple[Launches, Tensor | tuple[Tensor, ...]]]
