@@ -299,7 +299,9 @@ def interpret_exact() -> None:
                 rows, columns = (given[f"{s}_flags"].bool().repeat_interleave(oracle.FLAGGED) for s in "ab")
                 again = rows[:70, None] | columns[None, :80]
                 torch.testing.assert_close(out, torch.where(again, expected, 99.0), rtol=1e-5, atol=1e-3)
-    assert rowwise.COUNTS[out.device].tolist() == [6, 8]
+                whole = KERNELS["mm_rowwise"].run(**given, dtype=torch.float32, bias=bias)
+                torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-3)
+    assert rowwise.COUNTS[out.device].tolist() == [12, 16]
 
 
 @needs_triton
