@@ -50,6 +50,7 @@ demo-convert: $(VENV)/.installed-models
 
 bench: $(VENV)/.installed-run
 	$(PY) benchmarks/cpu_codec.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/op_calls.py
 	$(PY) benchmarks/compile_time.py
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m benchmarks.gpu; \
 	else echo 'torch sees no CUDA device: the GPU benchmarks are left out'; fi

@@ -242,6 +242,7 @@ class Trainer:
     def loss(self, window: Tensor) -> Tensor:
         """Loss of a batch: fp32 weights, bf16 arithmetic."""
         tokens = window.to(self.device, torch.long)
+        torch.compiler.cudagraph_mark_step_begin()  # what a CUDA graph returned before may be overwritten
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
             return self.compiled(tokens[:, :-1], tokens[:, 1:])
 
@@ -254,7 +255,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss.detach().clone()
 
     def run(self, advance: Callable[[Arm], None]) -> None:
         """Train, then measure the held-out loss; `advance` is called whenever losses have come in."""
@@ -288,7 +289,9 @@ class Trainer:
         batch, sequence = self.options.batch, self.options.sequence
         count = -(-HELD_OUT_WINDOWS // batch) * batch
         starts = torch.linspace(0, len(self.text.held_out) - sequence - 1, count).long()
-        losses = [self.loss(windows(self.text.held_out, part, sequence)).detach() for part in starts.split(batch)]
+        losses = [
+            self.loss(windows(self.text.held_out, part, sequence)).detach().clone() for part in starts.split(batch)
+        ]
         return torch.stack(losses).mean().item()
 
 

@@ -9,7 +9,6 @@ A backend is an object named by an entry point of group `fp4compile.backends`:
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fp4compile.errors import FP4ValueError, unknown
@@ -52,9 +52,12 @@ class Kernel:
         op: the row of `OPS` it implements.
         device: torch device type, "cpu" or "cuda".
         run: takes the op's arguments by name; must agree with the op's reference bit for bit where it quantises.
-        supports: reads the same arguments (tensors may be fake: shapes, dtypes and devices only) and answers.
+        supports: reads the same arguments (tensors may be fake: shapes, strides, dtypes and devices only) and answers.
         packed: whether it multiplies packed operands as they are, so that packing for it is worth while.
         available: whether this machine runs it at all, whatever the call; `supports` says no where it does not.
+        bind: does what calls with the same options and tensors of the same shapes, strides, dtypes and devices share:
+            from the arguments of the first of them, by name, to a function of the op's arguments in order, which must
+            not keep the first call's tensors. Without it every call is `run`.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Kernel:
     supports: Callable[[Mapping[str, Any]], Answer]
     packed: bool = False
     available: Callable[[], Answer] = Yes
+    bind: Callable[[Mapping[str, Any]], Callable[..., Any]] | None = None
 
 
 class Backend(ABC):
@@ -168,36 +172,102 @@ def get_backend(name: str) -> Backend:
     return _load(name)
 
 
-def _dispatcher(op_name: str, kernels: Sequence[Kernel]) -> Callable[..., Any]:
-    """An op implementation that runs the first kernel that supports the call, else the reference."""
-    reference, parameters = OPS[op_name].reference, OPS[op_name].signature.parameters.values()
-    names = [p.name for p in parameters]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+_MOST_BOUND = 4096
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # torch has checked the call against the schema, so names and defaults need no second binding.
-        arguments = defaults | dict(zip(names, args, strict=False)) | kwargs
-        for kernel in kernels:
+
+def _facts(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that the choice of a kernel and what it prepares may depend on."""
+    facts: list[Any] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            facts += value.shape, value.stride(), value.dtype, value.device
+        else:
+            facts.append(tuple(value) if isinstance(value, list) else value)
+    return tuple(facts)
+
+
+class Dispatch:
+    """An op on one type of device: a call runs the first kernel that supports it, else the reference.
+
+    Which one, and what it prepares, is found once for all calls with the same options and tensors of the same shapes,
+    strides, dtypes and devices.
+    """
+
+    def __init__(self, op: str) -> None:
+        parameters = OPS[op].signature.parameters
+        self._reference, self._names = OPS[op].reference, tuple(parameters)
+        self._defaults = tuple(p.default for p in parameters.values())
+        self._kernels: list[Kernel] = []
+        self._bound: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def put_first(self, kernels: Sequence[Kernel]) -> None:
+        """Try these kernels ahead of the others."""
+        self._kernels[:0] = kernels
+        self._bound.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The op's results; torch or Inductor has checked the arguments against the schema."""
+        args += self._defaults[len(args) :]
+        if kwargs:
+            args = tuple(map(kwargs.get, self._names, args))
+        return self.bound(args)(*args)
+
+    def bound(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What runs calls like this one; takes all arguments in order."""
+        facts = _facts(args)
+        found = self._bound.get(facts)
+        if found is None:
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound.clear()
+            found = self._bound[facts] = self._bind(dict(zip(self._names, args, strict=True)))
+        return found
+
+    def _bind(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+        for kernel in self._kernels:
             if isinstance(kernel.supports(arguments), Yes):
-                return kernel.run(**arguments)
-        return reference(**arguments)
+                return kernel.bind(arguments) if kernel.bind else self._named(kernel.run)
+        return self._reference
 
-    return run
+    def _named(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: run(**dict(zip(self._names, args, strict=True)))
 
 
-# (op, device) -> the kernels tried in order. torch has one dispatcher per process, so there is one table.
-_INSTALLED: dict[tuple[str, str], list[Kernel]] = {}
+# (op, device) -> what torch's dispatcher calls. torch has one dispatcher per process, so there is one table.
+_INSTALLED: dict[tuple[str, str], Dispatch] = {}
 
 
 @cache
 def _install(backend: Backend) -> None:
     for op, device in sorted({(k.op, k.device) for k in backend.kernels}):
-        chosen = [k for k in backend.kernels if (k.op, k.device) == (op, device)]
-        if (op, device) in _INSTALLED:
-            _INSTALLED[op, device][:0] = chosen
-        else:
-            _INSTALLED[op, device] = chosen
-            LIBRARY.impl(op, _dispatcher(op, chosen), device.upper())
+        if (op, device) not in _INSTALLED:
+            _INSTALLED[op, device] = Dispatch(op)
+            LIBRARY.impl(op, _INSTALLED[op, device], device.upper())
+        _INSTALLED[op, device].put_first([k for k in backend.kernels if (k.op, k.device) == (op, device)])
+
+
+# Files that Inductor has written and keeps in its cache call the next two by these names.
+
+
+def installed(op: str, device: str) -> Callable[..., Any]:
+    """What runs an op on tensors of a type of device, past torch's dispatcher: below autograd, on plain tensors."""
+    return _INSTALLED.get((op, device)) or OPS[op].overload
+
+
+class Place:
+    """A place in a program whose calls differ in where their tensors lie and in nothing else.
+
+    Attributes:
+        run: the op as `installed` runs it, of all arguments in order; the first call decides what all others do.
+    """
+
+    def __init__(self, op: str, device: str) -> None:
+        self._op, self._device = op, device
+        self.run: Callable[..., Any] = self._first
+
+    def _first(self, *args: Any) -> Any:
+        found = installed(self._op, self._device)
+        self.run = found.bound(args) if isinstance(found, Dispatch) else found
+        return self.run(*args)
 
 
 def install_kernels(backend_name: str = "inductor") -> None:

@@ -8,9 +8,8 @@ rounded on the element's grid. Nothing here depends on a format's name, only on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import torch
@@ -179,7 +178,7 @@ def _e4m3(
 
 def _squared_error(t: Tensor, scale: Tensor, element: Element) -> Tensor:
     """The sum of squared errors of each block when t is rounded to nearest, in units of the tensor scale."""
-    error = (_grid(element, t.device)[round_nearest(t, element)] - t) * scale
+    error = (numbers(element.magnitudes, t.device)[round_nearest(t, element)] - t) * scale
     return _tree_sum(error * error)
 
 
@@ -217,7 +216,7 @@ def _encode_e6m2(
     v, s_max = mag.amax(-1, keepdim=True), e6m2_max(largest)
     if rule == "authors":
         # The authors' kernel works on bf16 scales: 1/7, the scale and its reciprocal are bf16, the products fp32.
-        seventh = torch.tensor(1 / 7, dtype=torch.bfloat16, device=mag.device).to(torch.float32)
+        seventh = torch.full((), 1 / 7, dtype=torch.bfloat16, device=mag.device).to(torch.float32)
         s = (v * seventh).to(torch.bfloat16).to(torch.float32).clamp(_E6M2_MIN, s_max)
         bits = _bits(s)
         rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
@@ -266,9 +265,12 @@ SCALINGS = {
 # --- elements --------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _grid(element: Element, device: torch.device) -> Tensor:
-    return torch.tensor(element.magnitudes, dtype=torch.float32, device=device)
+def numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """fp32 [n], written on the device: a CUDA graph holds no copy from the host.
+
+    Made in every call: what a call leaves behind may lie in the memory of such a graph, which others get after it.
+    """
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
 def round_nearest(t: Tensor, element: Element) -> Tensor:
@@ -286,7 +288,7 @@ def round_nearest(t: Tensor, element: Element) -> Tensor:
 
 def round_stochastic(t: Tensor, element: Element, u: Tensor) -> Tensor:
     """Codes 0..7 of one of the two grid neighbours of each t, the upper one where u < (t - lower) / gap."""
-    grid = _grid(element, t.device)
+    grid = numbers(element.magnitudes, t.device)
     t = t.clamp(max=element.max).contiguous()
     lower = torch.bucketize(t, grid, right=True) - 1
     upper = (lower + 1).clamp(max=7)
@@ -305,7 +307,7 @@ def corrected_scales(t: Tensor, code: Tensor, scale: Tensor, element: Element) -
     """
     blocks, n = t.shape[-2:]
     per_group = EDEN_GROUP // n
-    exact, rounded = t * scale, _grid(element, t.device)[code] * scale
+    exact, rounded = t * scale, numbers(element.magnitudes, t.device)[code] * scale
 
     def of_groups(products: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(products, (0, 0, 0, -blocks % per_group))
@@ -467,7 +469,7 @@ def dequantize(
         axis: where the blocked axis stands in the result; `size` its logical length.
     """
     edge = fmt.block_2d if block_2d else None
-    element = torch.tensor(fmt.element.values, dtype=torch.float32, device=codes.device)
+    element = numbers(fmt.element.values, codes.device)
     values = _to_blocks(element[unpack(codes).to(torch.int64)], fmt.block, edge)
     values = values * SCALINGS[fmt.levels[0].dtype].decode(scales, fmt)
     if tensor_scale is not None:

@@ -72,4 +72,4 @@ def _butterflies(t: Tensor) -> Tensor:
         a, b = pairs.unbind(-2)
         t = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         stride *= 2
-    return t * torch.tensor(1.0 / math.sqrt(size), dtype=torch.float32, device=t.device)
+    return t * torch.full((), 1.0 / math.sqrt(size), dtype=torch.float32, device=t.device)

@@ -134,7 +134,7 @@ def quantize(
     window = windows(x, fmt, axis, dtype)[:, None]
     k = stored.to(torch.int64) - 127
     inside, nan = _inside(k, window, dtype), stored == codec.SCALINGS["e8m0"].nan
-    grid = torch.tensor(fmt.element.values, dtype=torch.float32, device=x.device)
+    grid = codec.numbers(fmt.element.values, x.device)
     elements = grid[codec.unpack(codes).to(torch.int64)].unflatten(-1, (blocks, fmt.block))
     shifted = elements * _pow2(torch.where(inside, k - window, 0))[..., None]
     values = torch.where(nan[..., None], math.nan, shifted)

@@ -19,6 +19,7 @@ from fp4compile.aot import decompositions
 from fp4compile.backend import Backend, Rewrite, install_kernels
 from fp4compile.backends import triton
 from fp4compile.backends.inductor import cpu
+from fp4compile.backends.inductor.direct import write_direct_calls
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
 
 
@@ -61,6 +62,7 @@ class InductorBackend(Backend):
         if context.device == "cpu":
             cpu.prebuild()  # the C compiler runs beside AOTAutograd's tracing
         install_kernels(self.name)
+        write_direct_calls()
         joint_pass = _JointPass(rewrite, fingerprint(context, default_pipeline()))
         patches = {**(list_mode_options(mode) if mode else {}), "joint_custom_pre_pass": joint_pass}
         # On a hit of AOTAutograd's cache no pass would run: no report and no strict error. Kernels are still cached.

@@ -6,7 +6,7 @@ Kernels that quantise or decode are equal bit for bit to the reference, GEMMs up
 their fp32 sums, and grouped ones under tensor scales to one rounding more.
 
     X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
-    arithmetic.py   what the kernels share; launch.py: what the launches share
+    arithmetic.py   what the kernels share; launch.py: what the launches share; replay.py: calls that repeat
     gemm, native    GEMMs of cuBLAS; grouped: torch's GEMM of groups; produce: producers as Triton functions
     tune            measured cuts
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from torch import Tensor
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
 from fp4compile.backends.triton import codec, gemm, grouped, native, packed, produce, rowwise
+from fp4compile.backends.triton.replay import Plan, Replay
+
+Bind = Callable[[Mapping[str, Any]], Callable[..., Any]]
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
-_MOST_REMEMBERED = 4096
 
 
 @cache
@@ -108,31 +110,6 @@ def _along_both(*required: checks.Check) -> checks.Check:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _what_checks_read(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _remembered(answer: Callable[[Mapping[str, Any]], Answer]) -> Callable[[Mapping[str, Any]], Answer]:
-    """The same answers, found again by shapes, dtypes, devices and options; symbolic sizes are asked each time."""
-    known: dict[Any, Answer] = {}
-
-    def remembered(arguments: Mapping[str, Any]) -> Answer:
-        key = tuple([_what_checks_read(value) for value in arguments.values()])
-        try:
-            found = known.get(key)
-        except TypeError:  # a symbolic size has no hash
-            return answer(arguments)
-        if found is None:
-            if len(known) >= _MOST_REMEMBERED:
-                known.clear()
-            found = known[key] = answer(arguments)
-        return found
-
-    return remembered
-
-
 def _kernel(
     name: str,
     op: str,
@@ -140,22 +117,35 @@ def _kernel(
     *required: checks.Check,
     least: tuple[int, int] = _LEAST_CAPABILITY,
     packed: bool = False,
+    bind: Bind | None = None,
 ) -> Kernel:
     """A kernel that takes what no check objects to, on a machine with Triton and GPUs of a compute capability."""
-
-    @_remembered
-    def checked(arguments: Mapping[str, Any]) -> Answer:
-        reasons = (check(arguments) for check in required)
-        return next((No(reason) for reason in reasons if reason is not None), Yes())
 
     def here() -> Answer:
         return available(least)
 
     def supports(arguments: Mapping[str, Any]) -> Answer:
         answer = here()
-        return answer if isinstance(answer, No) else checked(arguments)
+        if isinstance(answer, No):
+            return answer
+        reasons = (check(arguments) for check in required)
+        return next((No(reason) for reason in reasons if reason is not None), answer)
 
-    return Kernel(name, op, "cuda", run, supports, packed, here)
+    return Kernel(name, op, "cuda", run, supports, packed, here, bind)
+
+
+def _bound(name: str, op: str, bind: Bind, *required: checks.Check, **options: Any) -> Kernel:
+    """A kernel of which calls share what `bind` does."""
+
+    def run(**arguments: Any) -> Any:
+        return bind(arguments)(*arguments.values())
+
+    return _kernel(name, op, run, *required, bind=bind, **options)
+
+
+def _replayed(name: str, op: str, plan: Plan, *required: checks.Check, **options: Any) -> Kernel:
+    """A kernel that does what a plan says."""
+    return _bound(name, op, partial(Replay, plan), *required, **options)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -176,30 +166,30 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
     _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
     _kernel("torch/grouped_mm", "grouped_mm", grouped.grouped_mm, _on_one_gpu, grouped.operands),
-    _kernel("triton/fake_quantize", "fake_quantize", codec.fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
-    _kernel(
-        "triton/fake_quantize_both", "fake_quantize_both", codec.fake_quantize_both,
+    _replayed("triton/fake_quantize", "fake_quantize", codec.plan_fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
+    _replayed(
+        "triton/fake_quantize_both", "fake_quantize_both", codec.plan_fake_quantize_both,
         *_QUANTIZED, _along_both(*_OPTIONS), _one_launch_pays, _producer,
     ),
-    _kernel("triton/quantize", "quantize", codec.quantize, *_QUANTIZED, *_OPTIONS),
-    _kernel(
-        "triton/dequantize", "dequantize", codec.dequantize,
+    _replayed("triton/quantize", "quantize", codec.plan_quantize, *_QUANTIZED, *_OPTIONS),
+    _replayed(
+        "triton/dequantize", "dequantize", codec.plan_dequantize,
         _on_one_gpu, _format_known, checks.scalars, checks.square, checks.packed,
     ),
-    _kernel(
-        "triton/tensor_scale", "tensor_scale", codec.tensor_scale,
+    _bound(
+        "triton/tensor_scale", "tensor_scale", codec.bind_tensor_scale,
         _on_one_gpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, _producer,
     ),
-    _kernel(
-        "triton/quantize_rowwise", "quantize_rowwise", rowwise.quantize_rowwise,
+    _replayed(
+        "triton/quantize_rowwise", "quantize_rowwise", rowwise.plan_quantize_rowwise,
         *_ROWS, *_OPTIONS_OF_ROWS, least=rowwise.LEAST_CAPABILITY,
     ),
-    _kernel(
-        "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.quantize_rowwise_both,
+    _replayed(
+        "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.plan_quantize_rowwise_both,
         *_ROWS, _along_both(*_OPTIONS_OF_ROWS), least=rowwise.LEAST_CAPABILITY,
     ),
-    _kernel(
-        "cublas/mm_rowwise", "mm_rowwise", rowwise.mm_rowwise,
+    _bound(
+        "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,
         _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,
     ),
 )  # fmt: skip

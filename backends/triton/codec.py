@@ -9,7 +9,7 @@ A call with a shape that was seen before finds its launch in a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor
 from fp4compile.backend import No
 from fp4compile.backends import checks
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.launch import Launch, ceil_div, power_of_two, round_up, run, signed
+from fp4compile.backends.triton.launch import Launch, ceil_div, power_of_two, round_up, signed
+from fp4compile.backends.triton.replay import Launches, Replay, contiguous
 from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
@@ -193,10 +194,6 @@ def _tile(g: Geometry, scaling: str, run: int, edge: int, hadamard: int) -> tupl
     return grid, constants, max(min(lanes * k // tile.per_warp, 8), 1)
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.detach().contiguous()
-
-
 def _words(codes: Tensor) -> Tensor:
     """Packed codes as 32-bit words of eight."""
     return codes.view(torch.int32) if codes.numel() else codes
@@ -240,10 +237,9 @@ def _producing(shape: Sequence[int], producer: str) -> dict[str, Any]:
     return {"PRODUCE": produce.function(producer), "WIDTH": shape[-1] if producer else 0}
 
 
-def contiguously(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+def pointers(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The operands of a producer beside x, None for those that it lacks."""
-    given = {name: operands.get(name) for name in _POINTERS}
-    return {name: None if x is None else _contiguous(x) for name, x in given.items()}
+    return {name: operands.get(name) for name in _POINTERS}
 
 
 def _inputs(
@@ -273,14 +269,15 @@ def plan_fake_quantize(
     fold: bool,
     producer: str = "",
     **operands: Tensor | None,
-) -> tuple[Launch, dict[str, Any], Tensor]:
-    """The launch of the op `fake_quantize` on a contiguous x, the arguments of this call, and its result."""
+) -> tuple[Launches, Tensor]:
+    """The launch of the op `fake_quantize` on contiguous tensors with its arguments, and its result."""
     axis %= x.dim()
     own = (("FOLD", fold and tensor_scale is not None), *_producing(x.shape, producer).items())
     dtype = produced_dtype(x, producer)
     launch = _quantizing("fake_quantize", x.shape, dtype, format, axis, rounding, scale_rule, block_2d, hadamard, own)
     y = x.new_empty(_transformed(x.shape, axis, hadamard), dtype=dtype)
-    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **contiguously(operands), "y_ptr": y}, y
+    given = {**_inputs(x, tensor_scale, seed, stream, sign_seed), **pointers(operands), "y_ptr": y}
+    return [(launch, given)], y
 
 
 def plan_quantize(
@@ -296,8 +293,8 @@ def plan_quantize(
     hadamard: int,
     sign_seed: Tensor | None,
     dtype: torch.dtype | None,
-) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]]:
-    """The launch of the op `quantize` on a contiguous x, the arguments of this call, and its results."""
+) -> tuple[Launches, tuple[Tensor, Tensor]]:
+    """The launch of the op `quantize` on contiguous tensors with its arguments, and its results."""
     axis, fmt = axis % x.dim(), FORMATS[format]
     own = (("NAN", SCALINGS[fmt.levels[0].dtype].nan),)
     launch = _quantizing(
@@ -310,7 +307,7 @@ def plan_quantize(
         shape[-1] = ceil_div(shape[-1], fmt.block)
     scales = x.new_empty([*shape, blocks], dtype=fmt.scale_dtype)
     results = {"codes_ptr": _words(codes), "scales_ptr": scales}
-    return launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results}, (codes, scales)
+    return [(launch, {**_inputs(x, tensor_scale, seed, stream, sign_seed), **results})], (codes, scales)
 
 
 @lru_cache(maxsize=4096)
@@ -344,12 +341,13 @@ def plan_dequantize(
     size: int,
     block_2d: bool,
     dtype: torch.dtype,
-) -> tuple[Launch, dict[str, Any], Tensor]:
-    """The launch of the op `dequantize` on contiguous codes and scales, the arguments of this call, and its result."""
+) -> tuple[Launches, Tensor]:
+    """The launch of the op `dequantize` on contiguous tensors with its arguments, and its result."""
     axis %= codes.dim()
     y = codes.new_empty(_decoded(codes.shape, axis, size), dtype=dtype)
     launch = _decoding(codes.shape, format, axis, size, block_2d)
-    return launch, {"codes_ptr": _words(codes), "scales_ptr": scales, "y_ptr": y, "ts_ptr": tensor_scale}, y
+    given = {"codes_ptr": _words(codes), "scales_ptr": scales, "y_ptr": y, "ts_ptr": tensor_scale}
+    return [(launch, given)], y
 
 
 @lru_cache(maxsize=4096)
@@ -382,12 +380,16 @@ def plan_tensor_scale(
     hadamard: int,
     sign_seed: Tensor | None,
     producer: str = "",
+    scale_rule: str | None = None,
     **operands: Tensor | None,
-) -> tuple[list[tuple[Launch, dict[str, Any]]], Tensor]:
-    """The two launches of the op `tensor_scale` on a contiguous x with their arguments, and its result."""
+) -> tuple[Launches, Tensor]:
+    """The two launches of the op `tensor_scale` on contiguous tensors with their arguments, and its result.
+
+    It is the same under every scale rule that the kernels have.
+    """
     amax, last = _scaling(x.shape, format, axis % x.dim(), hadamard, producer)
     y, partial = x.new_empty((), dtype=torch.float32), x.new_empty((amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **contiguously(operands)}
+    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
     return [(amax, given), (last, {"partial_ptr": partial, "y_ptr": y})], y
 
 
@@ -431,54 +433,6 @@ def plan_fake_quantize_both(
     format: str,
     scale_rule: str | None,
     rounding: Sequence[str],
-    hadamard: Sequence[int],
-    block_2d: Sequence[bool],
-    tensor_scale_0: Tensor | None,
-    tensor_scale_1: Tensor | None,
-    sign_seed: Tensor | None,
-    fold: bool,
-    producer: str = "",
-    **operands: Tensor | None,
-) -> tuple[Launch, dict[str, Any], tuple[Tensor, Tensor]] | None:
-    """One launch of the op `fake_quantize_both` on a contiguous x, the arguments of this call, and its results.
-
-    None where two launches do it: for ragged matrices, a tensor scale along one axis only, and where arithmetic bounds
-    them.
-    """
-    unlike = (tensor_scale_0 is None) != (tensor_scale_1 is None)
-    if unlike or arithmetic_bounds(rounding, hadamard):
-        return None
-    folded = fold and tensor_scale_0 is not None
-    dtype = produced_dtype(x, producer)
-    launch = _quantizing_both(x.shape, dtype, format, scale_rule, tuple(hadamard), tuple(block_2d), folded, producer)
-    if launch is None:
-        return None
-    results = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
-    given = {
-        "x_ptr": x,
-        "y_0_ptr": results[0],
-        "y_1_ptr": results[1],
-        "ts_0_ptr": tensor_scale_0,
-        "ts_1_ptr": tensor_scale_1,
-        "sign_seed_ptr": sign_seed,
-        **contiguously(operands),
-    }
-    return launch, given, results
-
-
-def fake_quantize(x: Tensor, **arguments: Any) -> Tensor:
-    """The op `fake_quantize`."""
-    launch, given, y = plan_fake_quantize(_contiguous(x), **arguments)
-    if y.numel():
-        run(launch, given, x.device)
-    return y
-
-
-def fake_quantize_both(
-    x: Tensor,
-    format: str,
-    scale_rule: str | None,
-    rounding: Sequence[str],
     stream: Sequence[int],
     hadamard: Sequence[int],
     block_2d: Sequence[bool],
@@ -487,55 +441,50 @@ def fake_quantize_both(
     seed: Tensor | None,
     sign_seed: Tensor | None,
     fold: bool,
-    producer: str,
+    producer: str = "",
     **operands: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op `fake_quantize_both`, in one launch or two."""
-    x = _contiguous(x)
-    scales = tensor_scale_0, tensor_scale_1
-    planned = plan_fake_quantize_both(
-        x, format, scale_rule, rounding, hadamard, block_2d, *scales, sign_seed, fold, producer, **operands
-    )
-    if planned is not None and x.numel():
-        launch, given, results = planned
-        run(launch, given, x.device)
-        return results
-    first, second = (
-        fake_quantize(
-            x,
-            format=format,
-            axis=axis,
-            rounding=rounding[axis],
-            scale_rule=scale_rule,
-            block_2d=block_2d[axis],
-            tensor_scale=scales[axis],
-            seed=seed,
-            stream=stream[axis],
-            hadamard=hadamard[axis],
-            sign_seed=sign_seed,
-            fold=fold,
-            producer=producer,
-            **operands,
-        )
-        for axis in (0, 1)
-    )
-    return first, second
+) -> tuple[Launches, tuple[Tensor, Tensor]]:
+    """The launches of the op `fake_quantize_both` on contiguous tensors with their arguments, and its results.
 
-
-def quantize(x: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op `quantize`."""
-    launch, given, results = plan_quantize(_contiguous(x), **arguments)
-    if results[0].numel():
-        run(launch, given, x.device)
-    return results
-
-
-def dequantize(codes: Tensor, scales: Tensor, **arguments: Any) -> Tensor:
-    """The op `dequantize`."""
-    launch, given, y = plan_dequantize(_contiguous(codes), _contiguous(scales), **arguments)
-    if y.numel():
-        run(launch, given, codes.device)
-    return y
+    One launch; two for ragged matrices, a tensor scale along one axis only, and where arithmetic bounds them.
+    """
+    scales, dtype = (tensor_scale_0, tensor_scale_1), produced_dtype(x, producer)
+    launch = None
+    if (tensor_scale_0 is None) == (tensor_scale_1 is None) and not arithmetic_bounds(rounding, hadamard):
+        folded, sizes, squares = fold and tensor_scale_0 is not None, tuple(hadamard), tuple(block_2d)
+        launch = _quantizing_both(x.shape, dtype, format, scale_rule, sizes, squares, folded, producer)
+    if launch is None:
+        planned = [
+            plan_fake_quantize(
+                x,
+                format=format,
+                axis=axis,
+                rounding=rounding[axis],
+                scale_rule=scale_rule,
+                block_2d=block_2d[axis],
+                tensor_scale=scales[axis],
+                seed=seed,
+                stream=stream[axis],
+                hadamard=hadamard[axis],
+                sign_seed=sign_seed,
+                fold=fold,
+                producer=producer,
+                **operands,
+            )
+            for axis in (0, 1)
+        ]
+        return [each for launches, _ in planned for each in launches], (planned[0][1], planned[1][1])
+    results = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    given = {
+        "x_ptr": x,
+        "y_0_ptr": results[0],
+        "y_1_ptr": results[1],
+        "ts_0_ptr": tensor_scale_0,
+        "ts_1_ptr": tensor_scale_1,
+        "sign_seed_ptr": sign_seed,
+        **pointers(operands),
+    }
+    return [(launch, given)], results
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -543,15 +492,12 @@ def _dense(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return _contiguous(x.permute(order))
+    return contiguous(x.permute(order))
 
 
-def tensor_scale(x: Tensor, hadamard: int, producer: str, scale_rule: str | None, **arguments: Any) -> Tensor:
-    """The op `tensor_scale`, the same under every scale rule that the kernels have."""
-    if not x.numel():
-        return torch.ones((), dtype=torch.float32, device=x.device)
-    x = _contiguous(x) if hadamard or producer else _dense(x)
-    launches, y = plan_tensor_scale(x, hadamard=hadamard, producer=producer, **arguments)
-    for launch, given in launches:
-        run(launch, given, x.device)
-    return y
+def bind_tensor_scale(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The op `tensor_scale` for calls like this one."""
+    if not arguments["x"].numel():
+        return lambda x, *_: torch.ones((), dtype=torch.float32, device=x.device)
+    in_order = arguments["hadamard"] or arguments["producer"]
+    return Replay(plan_tensor_scale, arguments, contiguous if in_order else _dense)

@@ -22,12 +22,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A compiled kernel: how to start it, all its arguments in order, and where those of a call go among them."""
 
     start: Callable[..., Any]
     arguments: list[Any]
     given: list[int]
+
+    def filled(self, given: Mapping[str, Any]) -> list[Any]:
+        """The arguments of a call: of a tensor its address, which Triton would ask the driver for."""
+        arguments = self.arguments.copy()
+        for position, value in zip(self.given, given.values(), strict=True):
+            arguments[position] = value.data_ptr() if isinstance(value, Tensor) else value
+        return arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +56,22 @@ class Launch:
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
-    _ready: dict[Any, _Ready] = field(default_factory=dict, init=False, repr=False)
+    _ready: dict[Any, Ready] = field(default_factory=dict, init=False, repr=False)
+
+    def ready(self, given: Mapping[str, Any], device: torch.device) -> Ready | None:
+        """The kernel compiled for arguments like these, None before the first run."""
+        return self._ready.get(_specialised(given, device))
+
+
+def _specialised(given: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """All that Triton specialises on beyond the launch itself; its own binding of arguments takes ten times as long."""
+    key: list[Any] = [device.index]
+    for value in given.values():
+        if isinstance(value, Tensor):
+            key += value.dtype, value.data_ptr() & 15
+        else:
+            key.append(value is None)
+    return tuple(key)
 
 
 @cache
@@ -58,10 +80,14 @@ def kernels(module: str) -> ModuleType:
     return importlib.import_module(f"fp4compile.backends.triton.{module}")
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether Triton launches on the device: it is the current one, or none of CUDA's."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """The device made the current one, where it is not."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
+    return nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
 def run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
@@ -71,38 +97,21 @@ def run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
         given: the arguments of this call: tensors, None, and integers on which kernels do not specialise.
     """
     with current(device):
-        _run(launch, given, device)
-
-
-def _run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
-    # All that Triton specialises on beyond the launch itself; its own binding of the arguments takes ten times as long.
-    key: list[Any] = [device.index]
-    values = []
-    for value in given.values():
-        if isinstance(value, Tensor):
-            address = value.data_ptr()
-            key += value.dtype, address & 15
-            value = address  # of a tensor Triton would ask the driver where it lies
+        ready = launch.ready(given, device)
+        if ready is None:
+            _first_run(launch, given, device)
         else:
-            key.append(value is None)
-        values.append(value)
-    ready = launch._ready.get(tuple(key))
-    if ready is None:
-        _first_run(launch, given, tuple(key))
-        return
-    arguments = ready.arguments.copy()
-    for position, value in zip(ready.given, values, strict=True):
-        arguments[position] = value
-    ready.start(*arguments)
+            ready.start(*ready.filled(given))
 
 
-def _first_run(launch: Launch, given: Mapping[str, Any], key: Any) -> None:
+def _first_run(launch: Launch, given: Mapping[str, Any], device: torch.device) -> None:
     kernel, grid = getattr(kernels(launch.module), launch.kernel), (launch.grid, 1, 1)
     fixed = {**launch.arguments, **launch.constants}
     compiled = kernel[grid](**fixed, **given, num_warps=launch.num_warps, enable_fp_fusion=False)
     if hasattr(compiled, "__getitem__"):  # Triton's interpreter compiles nothing
         names = kernel.arg_names
-        launch._ready[key] = _Ready(compiled[grid], list(map(fixed.get, names)), list(map(names.index, given)))
+        ready = Ready(compiled[grid], list(map(fixed.get, names)), list(map(names.index, given)))
+        launch._ready[_specialised(given, device)] = ready
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

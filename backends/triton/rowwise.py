@@ -10,7 +10,7 @@ Nothing waits for the device: `exact` is always launched, and returns at once wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.codec import contiguously, encoder, padded_size, transform
-from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, run, signed
+from fp4compile.backends.triton.codec import encoder, padded_size, pointers, transform
+from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, signed
+from fp4compile.backends.triton.replay import Launches, Replay
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
 from fp4compile.producer import produced_dtype
@@ -194,41 +195,31 @@ def _results(
     )
 
 
-def arguments_of(
-    planned: Plan, x: Tensor, seed: Tensor | None, sign_seed: Tensor | None, **operands: Tensor | None
-) -> tuple[tuple[dict[str, Any], dict[str, Any]], tuple[Tensor, ...]]:
-    """The tensors of the two launches on a contiguous x, and the op's results."""
+def plan_rows(
+    x: Tensor,
+    format: str,
+    wanted: tuple[tuple[int, Axis], ...],
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+    producer: str = "",
+    e5m2: bool = False,
+    **operands: Tensor | None,
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The two launches that quantise along the wanted axes, of contiguous tensors, and the results."""
+    planned = plan(x.shape, produced_dtype(x, producer), format, wanted, sign_seed is not None, producer, e5m2)
     results = {axis: _results(x, planned.values, *sizes) for axis, sizes in planned.shapes.items()}
-    source: dict[str, Any] = {"x_ptr": x, **contiguously(operands)}
+    source: dict[str, Any] = {"x_ptr": x, **pointers(operands)}
     given = dict(source)
     for axis in (0, 1):
         tensors = results.get(axis, (None,) * len(_RESULTS))
         given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
     window = source | {name: given[name] for name in _WINDOW}
     flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
-    return (window, {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}), flat
+    quantize = {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}
+    return [(planned.window, window), (planned.quantize, quantize)], flat
 
 
-def _quantize(
-    x: Tensor,
-    format: str,
-    wanted: tuple[tuple[int, Axis], ...],
-    seed: Tensor | None,
-    sign_seed: Tensor | None,
-    producer: str,
-    e5m2: bool,
-    **operands: Tensor | None,
-) -> tuple[Tensor, ...]:
-    x = x.detach().contiguous()
-    dtype = produced_dtype(x, producer)
-    planned = plan(x.shape, dtype, format, wanted, sign_seed is not None, producer, e5m2)
-    (window, quantize), results = arguments_of(planned, x, seed, sign_seed, **operands)
-    run(planned.window, window, x.device)
-    run(planned.quantize, quantize, x.device)
-    return results
-
-
-def quantize_rowwise(
+def plan_quantize_rowwise(
     x: Tensor,
     format: str,
     axis: int,
@@ -239,13 +230,13 @@ def quantize_rowwise(
     hadamard: int,
     sign_seed: Tensor | None,
     **produced: Any,
-) -> tuple[Tensor, ...]:
-    """The op `quantize_rowwise`."""
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """`plan_rows` of the op `quantize_rowwise`."""
     wanted = ((axis % 2, Axis(rounding, scale_rule, stream, hadamard)),)
-    return _quantize(x, format, wanted, seed, sign_seed, **produced)
+    return plan_rows(x, format, wanted, seed, sign_seed, **produced)
 
 
-def quantize_rowwise_both(
+def plan_quantize_rowwise_both(
     x: Tensor,
     format: str,
     rounding: Sequence[str],
@@ -255,11 +246,11 @@ def quantize_rowwise_both(
     seed: Tensor | None,
     sign_seed: Tensor | None,
     **produced: Any,
-) -> tuple[Tensor, ...]:
-    """The op `quantize_rowwise_both`."""
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """`plan_rows` of the op `quantize_rowwise_both`."""
     options = zip(rounding, scale_rule, stream, hadamard, strict=True)
     wanted = tuple((axis, Axis(*each)) for axis, each in enumerate(options))
-    return _quantize(x, format, wanted, seed, sign_seed, **produced)
+    return plan_rows(x, format, wanted, seed, sign_seed, **produced)
 
 
 # --- the GEMM --------------------------------------------------------------------------------------------------------
@@ -289,23 +280,48 @@ def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
     return Launch(_KERNELS, "exact", programs, sizes, {**flags, **_EXACT, "BLOCK": block}, 4)
 
 
-def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
-    """Make what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
+def plan_again(
+    out: Tensor, counts: Tensor, bias: Tensor | None, **operands: Tensor
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The launch that makes what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
     blocks, rows = operands["a_exponents"].shape
     launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
-    pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in operands.items()}
-    bias = None if bias is None else bias.contiguous()
-    run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": _counts(out.device)}, out.device)
+    pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
+    return [(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counts})], ()
 
 
-def mm_rowwise(dtype: torch.dtype, bias: Tensor | None, **operands: Tensor) -> Tensor:
-    """The op `mm_rowwise`."""
-    a, b = operands["a"], operands["b"]
-    scales = {"scale_a": operands["a_scale"][:, None], "scale_b": operands["b_scale"][None, :]}
-    # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
-    out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
-    compute_again(out, operands, bias)
-    return out
+def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    """Run what `plan_again` says."""
+    arguments = {"out": out, "counts": _counts(out.device), "bias": bias, **operands}
+    Replay(plan_again, arguments)(*arguments.values())
+
+
+def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The op `mm_rowwise` for calls like this one."""
+    operands = {name: value for name, value in arguments.items() if name not in ("dtype", "bias")}
+    device, shape = operands["a"].device, (operands["a"].shape[0], operands["b"].shape[0])
+    like = torch.empty(shape, dtype=arguments["dtype"], device="meta")
+    again = Replay(plan_again, {**operands, "bias": arguments["bias"], "out": like, "counts": _counts(device)})
+
+    def mm_rowwise(
+        a: Tensor,
+        a_scale: Tensor,
+        a_exponents: Tensor,
+        a_flags: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        b_exponents: Tensor,
+        b_flags: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> Tensor:
+        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
+        # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
+        out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
+        again(a, a_scale, a_exponents, a_flags, b, b_scale, b_exponents, b_flags, bias, out, _counts(device))
+        return out
+
+    return mm_rowwise
 
 
 def notes() -> list[str]:

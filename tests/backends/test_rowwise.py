@@ -37,7 +37,7 @@ from tests.gpu import interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
-KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == rowwise.__name__}
+KERNELS = {kernel.op: kernel for kernel in table.KERNELS if "rowwise" in kernel.op}
 PARTS = ("", "_scale", "_exponents", "_flags")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
 ops = torch.ops.fp4compile
@@ -299,7 +299,9 @@ def interpret_exact() -> None:
                 rows, columns = (given[f"{s}_flags"].bool().repeat_interleave(oracle.FLAGGED) for s in "ab")
                 again = rows[:70, None] | columns[None, :80]
                 torch.testing.assert_close(out, torch.where(again, expected, 99.0), rtol=1e-5, atol=1e-3)
-    assert rowwise.COUNTS[out.device].tolist() == [6, 8]
+                whole = KERNELS["mm_rowwise"].run(**given, dtype=torch.float32, bias=bias)
+                torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-3)
+    assert rowwise.COUNTS[out.device].tolist() == [12, 16]
 
 
 @needs_triton
@@ -443,13 +445,12 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
     shape: tuple[int, int], e5m2: bool, axes: tuple[int, ...], how: rowwise.Axis
 ) -> None:
     x, seed = meta(*shape), meta(dtype=torch.int64) if how.rounding == "stochastic" else None
-    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False, e5m2=e5m2)
-    window, quantize = rowwise.arguments_of(planned, x, seed, None)[0]
-    for each, given in ((planned.window, window), (planned.quantize, quantize)):
+    launches, _ = rowwise.plan_rows(x, "mxfp4", tuple((axis, how) for axis in axes), seed, None, e5m2=e5m2)
+    for each, given in launches:
         assert_exact(compiled(each, given))
     # What rounds bf16 two by two, and what rounds up.
     nearest = how.rounding == "nearest"
-    ptx = compiled(planned.quantize, quantize)
+    ptx = compiled(*launches[-1])
     assert ("fma.rn.bf16x2" in ptx, "fma.rp.f32" in ptx) == (nearest, not nearest)
     assert ("e5m2x2" in ptx, "e4m3x2" in ptx) == (e5m2, not e5m2)
 
@@ -459,9 +460,8 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
 def test_quantisation_compiles_for_sm_100_without_approximations(axes: tuple[int, ...]) -> None:
     """Compiled only: not run on hardware."""
     x, how = meta(256, 512), HOW["nearest"]
-    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False)
-    window, quantize = rowwise.arguments_of(planned, x, None, None)[0]
-    for each, given in ((planned.window, window), (planned.quantize, quantize)):
+    launches, _ = rowwise.plan_rows(x, "mxfp4", tuple((axis, how) for axis in axes), None, None)
+    for each, given in launches:
         assert_exact(compiled(each, given, SM_100))
 
 
@@ -470,10 +470,9 @@ def test_quantisation_compiles_for_sm_100_without_approximations(axes: tuple[int
 def test_quantisation_of_a_product_compiles_for_sm_90(axes: tuple[int, ...]) -> None:
     x, how = meta(70, 96), HOW["nearest"]
     text = "full full: t0 = exp.float32(a0); t1 = mul.bfloat16(t0, a1)"
-    planned = rowwise.plan(x.shape, x.dtype, "mxfp4", tuple((axis, how) for axis in axes), False, text)
-    window, quantize = rowwise.arguments_of(planned, x, None, None, p1=meta(70, 96))[0]
-    assert "ex2" in compiled(planned.window, window)
-    assert "ex2" in compiled(planned.quantize, quantize)
+    wanted = tuple((axis, how) for axis in axes)
+    for each, given in rowwise.plan_rows(x, "mxfp4", wanted, None, None, text, p1=meta(70, 96))[0]:
+        assert "ex2" in compiled(each, given)
 
 
 @needs_triton

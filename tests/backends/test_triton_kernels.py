@@ -28,7 +28,8 @@ from fp4compile.producer import FUNCTIONS
 from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import left_to_the_reference
 
-KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.run.__module__ == codec.__name__}
+CODECS = ("fake_quantize", "fake_quantize_both", "quantize", "dequantize", "tensor_scale")
+KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.op in CODECS}
 NAMES = ("hif4", "mxfp4", "nvfp4")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -292,31 +293,24 @@ def quantizing(x: Tensor, format: str, axis: int, **options: Any) -> list[Planne
     scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
     sample = moved({"x": x, "format": format, "axis": axis, "tensor_scale": scale, **options}, "meta")
     fake, packed = arguments("fake_quantize", sample), arguments("quantize", sample)
-    return [codec.plan_fake_quantize(**fake)[:2], codec.plan_quantize(**packed)[:2]]
+    return [*codec.plan_fake_quantize(**fake)[0], *codec.plan_quantize(**packed)[0]]
 
 
 def both(x: Tensor, format: str, **options: Any) -> list[Planned]:
-    """The one launch of `fake_quantize_both`, or none where two do it."""
+    """The launches of `fake_quantize_both`."""
     scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
     given = moved({**NEAREST, "tensor_scale_0": scale, "tensor_scale_1": scale, **options}, "meta")
-    planned = codec.plan_fake_quantize_both(
-        x=x,
-        format=format,
-        scale_rule=None,
-        sign_seed=None,
-        fold=True,
-        **{k: v for k, v in given.items() if k != "stream"},
-    )
-    return [planned[:2]] if planned else []
+    sample = {"x": x, "format": format, "scale_rule": None, **given}
+    return list(codec.plan_fake_quantize_both(**arguments("fake_quantize_both", sample))[0])
 
 
 def decoding(format: str, axis: int) -> list[Planned]:
     codes, scales = OPS["quantize"].fake(meta(256, 512), format, axis)
-    return [codec.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[:2]]
+    return list(codec.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[0])
 
 
 def scaling(axis: int, hadamard: int) -> list[Planned]:
-    return codec.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0]
+    return list(codec.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0])
 
 
 COMPILED: dict[str, Callable[[], list[Planned]]] = {
@@ -379,10 +373,10 @@ EVERY = (
 @pytest.mark.parametrize("shape", [(256, 512), (70, 96)])
 def test_producers_compile_for_sm_90(shape: tuple[int, int]) -> None:
     x, up = meta(*shape), meta(*shape)
-    launches = [codec.plan_fake_quantize(**_fake("hif4", axis, x, p1=up, producer=SWIGLU)) for axis in (0, 1)]
+    calls = [_fake("hif4", axis, x, p1=up, producer=SWIGLU) for axis in (0, 1)]
     operands = {"p1": meta(shape[0], 1), "p2": meta(1, shape[1]), "p3": meta(1)}
-    launches.append(codec.plan_fake_quantize(**_fake("mxfp4", 1, x, **operands, producer=EVERY)))
-    for planned, given, _ in launches:
+    calls.append(_fake("mxfp4", 1, x, **operands, producer=EVERY))
+    for planned, given in (each for call in calls for each in codec.plan_fake_quantize(**call)[0]):
         assert "mufu.ex2" in compiled(planned, given) or "ex2.approx" in compiled(planned, given)
 
 
@@ -393,10 +387,10 @@ def _fake(format: str, axis: int, x: Tensor, **options: Any) -> dict[str, Any]:
 def test_one_launch_for_both_axes_where_memory_bounds_it() -> None:
     assert len(both(meta(256, 512), "hif4")) == 1
     assert len(both(meta(256, 512), "nvfp4", hadamard=[32, 0], block_2d=[True, False])) == 1
-    assert not both(meta(256, 500), "hif4")
-    assert not both(meta(256, 512), "hif4", hadamard=[64, 0])
-    assert not both(meta(256, 512), "mxfp4", rounding=["nearest", "stochastic"])
-    assert not both(meta(256, 512), "nvfp4", tensor_scale_1=None)
+    assert len(both(meta(256, 500), "hif4")) == 2
+    assert len(both(meta(256, 512), "hif4", hadamard=[64, 0])) == 2
+    assert len(both(meta(256, 512), "mxfp4", rounding=["nearest", "stochastic"])) == 2
+    assert len(both(meta(256, 512), "nvfp4", tensor_scale_1=None)) == 2
 
 
 def test_offsets_are_wide_only_where_they_must_be() -> None:
