@@ -172,6 +172,15 @@ _ROWS = (
         samples.mm_rowwise,
     ),
     Op(
+        # Rows of tokens, and of a stack of weights: [G N, K] or [N, G K]. `ends` of [G].
+        "grouped_mm_rowwise",
+        "(Tensor a, Tensor a_scale, Tensor a_exponents, Tensor a_flags, Tensor b, Tensor b_scale, "
+        "Tensor b_exponents, Tensor b_flags, Tensor ends, ScalarType dtype) -> Tensor",
+        reference.grouped_mm_rowwise,
+        reference.grouped_mm_rowwise_fake,
+        samples.grouped_mm_rowwise,
+    ),
+    Op(
         "draw_seed",
         "(Device device) -> Tensor",
         reference.draw_seed,

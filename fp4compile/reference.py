@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile import codec, rowwise
+from fp4compile import codec, grouped, rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
 from fp4compile.hadamard import inverse_hadamard
@@ -416,3 +416,46 @@ def mm_rowwise_fake(
 ) -> Tensor:
     """The shape rule of `mm_rowwise`."""
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
+def grouped_mm_rowwise(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grouped.grouped_mm` of tokens and a stack of weights that `quantize_rowwise` made, from the exponents of blocks.
+
+    Args:
+        a: [T, K], rows of tokens.
+        b: [G N, K], a stack [G, N, K] quantised along its last axis; or [N, G K], a stack [G, K, N] along its middle
+            one, each matrix in whole blocks.
+        ends: [G], where each group of tokens ends. What lies behind the last group is zero in the result.
+
+    Returns:
+        [T, N] in `dtype`, products and sums in fp32.
+    """
+    left, right = rowwise.dequantize(a, a_scale, a_exponents), rowwise.dequantize(b, b_scale, b_exponents)
+    return grouped.grouped_mm(left, rowwise.stacked(right, a.shape[1], len(ends)), ends).to(dtype)
+
+
+def grouped_mm_rowwise_fake(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The shape rule of `grouped_mm_rowwise`."""
+    return a.new_empty([a.shape[0], rowwise.stacked(b, a.shape[1], ends.shape[0]).shape[2]], dtype=dtype)

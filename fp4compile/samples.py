@@ -282,6 +282,26 @@ def mm_rowwise() -> Iterator[Mapping[str, Any]]:
                 yield {**operands, "dtype": dtype, "bias": _tensor(144, dtype=dtype, seed=3)}
 
 
+def grouped_mm_rowwise() -> Iterator[Mapping[str, Any]]:
+    """Samples of `grouped_mm_rowwise`: stacks quantised along either axis, flags on tokens, on weights, on neither."""
+    names = ("", "_scale", "_exponents", "_flags")
+    for format in _rowwise_formats():
+        for number, ends in enumerate(_ends()):
+            tokens, stack = _tensor(40, 96, seed=1), _tensor(len(ends), 48, 96, seed=2)
+            if number % 3:
+                tokens[2, 32:64] *= 2.0**14
+                stack[-1, 17, :32] *= 2.0**-20
+            if number == 4:
+                tokens[30, 5], stack[0, 3, 3] = float("nan"), float("inf")
+            left = reference.quantize_rowwise(tokens, format, 1)
+            # [G, N, K] along K, then [G, K, N] along K: 48 is no multiple of a block, 96 is.
+            for flat, axis in ((stack.flatten(0, 1), 1), (stack.mT.flatten(0, 1), 0)):
+                right = reference.quantize_rowwise(flat, format, axis)
+                sides = (("a", left), ("b", right))
+                operands = {f"{s}{n}": t for s, tensors in sides for n, t in zip(names, tensors, strict=True)}
+                yield from ({**operands, "ends": ends, "dtype": dtype} for dtype in (torch.float32, torch.bfloat16))
+
+
 def draw_seed() -> Iterator[Mapping[str, Any]]:
     """Samples of `draw_seed`."""
     yield {"device": torch.device("cpu")}

@@ -7,7 +7,8 @@ their fp32 sums, and grouped ones under tensor scales to one rounding more.
 
     X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
     arithmetic.py   what the kernels share; launch.py: what the launches share
-    gemm, native    GEMMs of cuBLAS; grouped: torch's GEMM of groups; produce: producers as Triton functions
+    gemm, native    GEMMs of cuBLAS; grouped, grouped_rowwise: torch's GEMMs of groups
+    produce         producers as Triton functions
     tune            measured cuts
 
 Importing this package needs neither Triton nor a GPU: where one is missing, every kernel says so and the reference
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.backends.triton import codec, gemm, grouped, native, packed, produce, rowwise
+from fp4compile.backends.triton import codec, gemm, grouped, grouped_rowwise, native, packed, produce, rowwise
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 arithmetic
 _MOST_REMEMBERED = 4096
@@ -201,5 +202,9 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel(
         "cublas/mm_rowwise", "mm_rowwise", rowwise.mm_rowwise,
         _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,
+    ),
+    _kernel(
+        "torch/grouped_mm_rowwise", "grouped_mm_rowwise", grouped_rowwise.grouped_mm_rowwise,
+        _on_one_gpu, grouped_rowwise.on_hopper, grouped_rowwise.operands, least=grouped_rowwise.LEAST_CAPABILITY,
     ),
 )  # fmt: skip

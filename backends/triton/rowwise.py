@@ -269,7 +269,7 @@ def quantize_rowwise_both(
 COUNTS: dict[torch.device, Tensor] = {}
 
 
-def _counts(device: torch.device) -> Tensor:
+def counts(device: torch.device) -> Tensor:
     return kept_zeros(COUNTS, 2, torch.int64, device)
 
 
@@ -295,7 +295,7 @@ def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | No
     launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
     pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in operands.items()}
     bias = None if bias is None else bias.contiguous()
-    run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": _counts(out.device)}, out.device)
+    run(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counts(out.device)}, out.device)
 
 
 def mm_rowwise(dtype: torch.dtype, bias: Tensor | None, **operands: Tensor) -> Tensor:
