@@ -298,6 +298,27 @@ def mm_fake(
     return a.new_empty([*a.shape[:-1], columns], dtype=_product_dtype(a, a_format, dtype))
 
 
+def grouped_mm_packed(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    ends: Tensor,
+    b_format: str,
+    k: int,
+    b_block_2d: bool = False,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """`grouped.grouped_mm` of tokens [T, K] and a packed stack [G, N, K]: [T, N] in a's dtype."""
+    stack = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
+    return grouped.grouped_mm(a, stack.mT, ends, a_tensor_scale, b_tensor_scale)
+
+
+def grouped_mm_packed_fake(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The shape rule of `grouped_mm_packed`."""
+    return a.new_empty([a.shape[0], b.shape[1]])
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A seed of stochastic rounding, from torch's generator of the device."""
     return torch.randint(0, 2**32, (), dtype=torch.int64, device=device)

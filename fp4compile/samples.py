@@ -216,6 +216,20 @@ def grouped_mm() -> Iterator[Mapping[str, Any]]:
                 yield {"a": a, "b": b, "ends": ends, "a_tensor_scale": scale, "b_tensor_scale": scale * 3}
 
 
+def grouped_mm_packed() -> Iterator[Mapping[str, Any]]:
+    """Samples of `grouped_mm_packed`."""
+    scale = torch.tensor(0.37)
+    for name, fmt in FORMATS.items():
+        for ends in _ends():
+            stack = _tensor(len(ends), 48, 70, seed=1)
+            for block_2d in {False, fmt.block_2d is not None}:
+                codes, scales = reference.quantize(stack, name, -1, block_2d=block_2d)
+                base = {"b": codes, "b_scales": scales, "ends": ends, "b_format": name, "k": 70, "b_block_2d": block_2d}
+                yield {**base, "a": _tensor(40, 70)}
+                yield {**base, "a": _tensor(40, 70, dtype=torch.bfloat16), "b_tensor_scale": scale}
+            yield {**base, "a": _tensor(70, 40).t(), "a_tensor_scale": scale, "b_tensor_scale": scale * 3}
+
+
 def _rowwise_formats() -> list[str]:
     return [name for name, fmt in FORMATS.items() if rowwise.refusal(fmt) is None]
 

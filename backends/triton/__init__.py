@@ -176,6 +176,9 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
     _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel(
+        "triton/grouped_mm_packed", "grouped_mm_packed", packed.grouped_mm, _on_one_gpu, packed.operands_of_groups
+    ),
     _kernel("torch/grouped_mm", "grouped_mm", grouped.grouped_mm, _on_one_gpu, grouped.operands),
     _kernel("triton/fake_quantize", "fake_quantize", codec.fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
     _kernel(
