@@ -10,8 +10,10 @@
 A stack [experts, k, n] that contracts over its middle axis is the matrix [experts * k, n], quantised along axis 0: each
 of its rows has a part for every expert, and one scale for all of them. No block of it may hold values of two experts.
 
-Gradients become E4M3 too, as torch's grouped GEMM takes no other. That serves dgrads, along the features; wgrads stay,
-as along the tokens gradients span more binades.
+torch's grouped GEMM takes E4M3 alone. Gradients span more: along the tokens nearly every row of a wgrad would be
+computed again, along the features so many of a dgrad's that on an H100 it cost more than it saved. Where experts have few
+tokens, torch's GEMM in BF16 is the faster one (benchmarks/NOTES.md). So it is the forward of many tokens that becomes
+FP8; the options say otherwise.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4compile import rowwise
 from fp4compile.formats import FORMATS
-from fp4compile.graph import Site, dims
+from fp4compile.graph import Site, dims, size_hint
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
+from fp4compile.recipe import Role
 from fp4compile.rewrite import arguments, call, fake_quantized, through_permute
 
 aten = torch.ops.aten
@@ -75,6 +78,7 @@ class _Rewriter:
 
     graph: Graph
     context: Context
+    least_tokens: int
     made: dict[Node, list[Node]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
 
@@ -83,6 +87,9 @@ class _Rewriter:
         node = site.node
         tokens, weights, ends = cast(tuple[Node, Node, Node], node.args[:3])
         operands = fake_quantized(tokens, 1), _stack(weights)
+        each = size_hint(tokens.meta["val"].shape[0]) // size_hint(weights.meta["val"].shape[0])
+        if each < self.least_tokens:
+            return self._refuse(f"fewer than {self.least_tokens} tokens an expert")
         reason = next(filter(None, map(_refusal, operands)), None)
         if reason is not None:
             return self._refuse(reason)
@@ -126,7 +133,15 @@ def _is_of_tokens_and_weights(site: Site) -> bool:
 
 @dataclass(frozen=True)
 class RescaleGroups:
-    """Replace grouped GEMMs of fake-quantised operands by row-wise scaled FP8 GEMMs of the same values."""
+    """Replace grouped GEMMs of fake-quantised operands by row-wise scaled FP8 GEMMs of the same values.
+
+    Attributes:
+        roles: of the GEMMs that are replaced: "forward", "dgrad".
+        least_tokens: of an expert on average, as the graph was traced.
+    """
+
+    roles: tuple[Role, ...] = ("forward",)
+    least_tokens: int = 1024
 
     name: ClassVar[str] = "rescale_groups"
     needs: ClassVar[tuple[str, ...]] = ("fused",)
@@ -136,8 +151,9 @@ class RescaleGroups:
         kernels = {kernel.op for kernel in context.backend.kernels if kernel.device == context.device}
         if "grouped_mm_rowwise" not in kernels:
             return 0
-        rewriter = _Rewriter(graph_module.graph, context)
-        wanted = [site for site in context.sites if site.status == "fp4" and _is_of_tokens_and_weights(site)]
+        rewriter = _Rewriter(graph_module.graph, context, self.least_tokens)
+        of_roles = (site for site in context.sites if site.status == "fp4" and site.role in self.roles)
+        wanted = list(filter(_is_of_tokens_and_weights, of_roles))
         done = sum(map(rewriter.gemm, wanted))
         graph_module.graph.eliminate_dead_code()
         notes = [f"{count} FP4 GEMMs of experts stay off FP8: {reason}" for reason, count in rewriter.refused.items()]

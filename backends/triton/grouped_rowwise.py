@@ -4,8 +4,7 @@
 
 torch multiplies E4M3 alone here, with a scale per token and per expert and column, accumulates in fp32 and writes bf16
 (`_scaled_grouped_mm` of aten/src/ATen/native/cuda/GroupedBlas.cpp; ScaledGroupMM.cu has the kernel, which reads the
-ends of the groups on the device; K and N are multiples of 16, groups start anywhere). Gradients along the tokens span
-more binades than E4M3 holds, so that a wgrad is no case for it.
+ends of the groups on the device; K and N are multiples of 16, groups start anywhere).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fp4compile import rowwise
 from fp4compile.backend import get_backend
 from fp4compile.ops import OPS
+from fp4compile.passes import RescaleGroups
 from fp4compile.recipe import Operand, Recipe, Rule
 from tests.claims import Claims, everything
 from tests.helpers import Captured, capture, randn
@@ -18,6 +19,7 @@ from tests.passes.test_rescale import nothing
 
 CLAIMED = ("quantize_rowwise", "grouped_mm_rowwise")
 BACKEND = Claims(**dict.fromkeys(CLAIMED, everything))
+PASS = RescaleGroups(roles=("forward", "dgrad"), least_tokens=13)
 ENDS = torch.tensor([10, 10, 40], dtype=torch.int32)
 
 
@@ -59,7 +61,7 @@ def test_forward_and_dgrad_read_fp8_and_keep_their_values(recipe: str, transpose
     found = captured(recipe, transposed)
     given = inputs(found)
     expected = found.execute(*given)
-    assert found.run("rescale_groups") == 4
+    assert found.run(PASS) == 4
     for site in found.sites:
         rewritten = site.node.target is OPS["grouped_mm_rowwise"].overload
         assert rewritten == (site.role != "wgrad")
@@ -68,7 +70,7 @@ def test_forward_and_dgrad_read_fp8_and_keep_their_values(recipe: str, transpose
     # Products of FP4 values span few binades here: every sum of them is exact in fp32, in any order.
     assert all(torch.equal(*pair) for pair in zip(found.execute(*given), expected, strict=True))
     text = found.text
-    assert found.run("rescale_groups") == 0
+    assert found.run(PASS) == 0
     assert found.text == text
     assert not found.context.notes
     found.run("legalise")
@@ -91,14 +93,14 @@ def test_a_stack_as_a_matrix_has_the_same_bits(spec: Operand, axis: int) -> None
 def test_what_a_kernel_declines_stays(declined: str) -> None:
     found = captured(backend=Claims(**{op: nothing if op == declined else everything for op in CLAIMED}))
     text = found.text
-    assert found.run("rescale_groups") == 0
+    assert found.run(PASS) == 0
     assert found.text == text
     assert found.context.notes == [f"4 FP4 GEMMs of experts stay off FP8: claimed/{declined}: not today"]
 
 
 def test_no_block_holds_values_of_two_experts() -> None:
     found = captured("mxfp4-plain", hidden=48)
-    assert found.run("rescale_groups") == 3
+    assert found.run(PASS) == 3
     reason = "the 48 rows of each matrix are no whole blocks of 32"  # of the up projection, along its outputs
     assert found.context.notes == [f"1 FP4 GEMMs of experts stay off FP8: {reason}"]
 
@@ -106,7 +108,7 @@ def test_no_block_holds_values_of_two_experts() -> None:
 def test_2d_blocks_stay_and_the_report_says_so() -> None:
     square = Operand("mxfp4", block_2d=True)
     found = captured(Recipe("squares", (Rule("forward", input=Operand("mxfp4"), weight=square),)))
-    assert found.run("rescale_groups") == 0
+    assert found.run(PASS) == 0
     assert found.context.notes == ["2 FP4 GEMMs of experts stay off FP8: 2-D blocks"]
 
 
@@ -114,12 +116,22 @@ def test_2d_blocks_stay_and_the_report_says_so() -> None:
 def test_other_formats_and_operands_stay(recipe: str) -> None:
     found = captured(recipe)
     text = found.text
-    assert found.run("rescale_groups") == 0
+    assert found.run(PASS) == 0
     assert found.text == text
     assert not found.context.notes
 
 
 def test_without_a_kernel_nothing_is_said() -> None:
     found = captured(backend=get_backend("reference"))
-    assert found.run("rescale_groups") == 0
+    assert found.run(PASS) == 0
     assert not found.context.notes
+
+
+def test_by_default_it_is_the_forward_of_many_tokens() -> None:
+    found = captured("mxfp4-plain")
+    assert found.run("rescale_groups") == 0
+    assert found.context.notes == ["2 FP4 GEMMs of experts stay off FP8: fewer than 1024 tokens an expert"]
+    found = captured("mxfp4-plain")
+    assert found.run(RescaleGroups(least_tokens=14)) == 0
+    assert found.run(RescaleGroups(least_tokens=13)) == 2
+    assert {site.role for site in found.sites if site.node in found.calls("grouped_mm_rowwise")} == {"forward"}
