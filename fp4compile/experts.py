@@ -6,7 +6,7 @@ transformers keeps the experts of a layer in one module, whose parameters are st
 
 Each becomes a `PackedStack` under the same name, and the module's forward one that sorts the tokens by expert and hands
 them to the stacks. What else the module has (gate, biases, norm) is used as it is; the flags that say so are those of
-transformers' `use_experts_implementation`.
+transformers' `use_experts_implementation`; releases lack some of them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fp4compile.errors import FP4TypeError
 from fp4compile.packed import PackedStack, PackedWeight
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
-_FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+_NEEDED = ("num_experts", "has_bias", "is_transposed")
 
 
 def refusal(module: nn.Module, name: str) -> str | None:
     """Why the module's parameter `name` is no stack that can be packed, or None."""
-    lacking = [flag for flag in _FLAGS if not hasattr(module, flag)]
+    lacking = [flag for flag in _NEEDED if not hasattr(module, flag)]
     if lacking:
         return f"a {type(module).__name__} is not one of transformers' stacked experts: it has no {', '.join(lacking)}"
     return None if name in STACKS else f"the stacks of experts are {', '.join(STACKS)}"
@@ -50,10 +50,11 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     ends = torch.searchsorted(
         expert, torch.arange(self.num_experts, device=expert.device, dtype=expert.dtype), right=True
     )
-    h = _projected(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // chosen], ends, expert)
-    h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+    gated = getattr(self, "has_gate", True)
+    h = _projected(self, "gate_up_proj" if gated else "up_proj", hidden_states[order // chosen], ends, expert)
+    h = self._apply_gate(h) if gated else self.act_fn(h)
     h = _projected(self, "down_proj", h, ends, expert)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         h = self.post_expert_norm(h)
     h = h * top_k_weights.reshape(-1)[order, None]
     in_order = torch.empty_like(h).index_copy(0, order, h)

@@ -11,9 +11,9 @@ A stack [experts, k, n] that contracts over its middle axis is the matrix [exper
 of its rows has a part for every expert, and one scale for all of them. No block of it may hold values of two experts.
 
 torch's grouped GEMM takes E4M3 alone. Gradients span more: along the tokens nearly every row of a wgrad would be
-computed again, along the features so many of a dgrad's that on an H100 it cost more than it saved. Where experts have few
-tokens, torch's GEMM in BF16 is the faster one (benchmarks/NOTES.md). So it is the forward of many tokens that becomes
-FP8; the options say otherwise.
+computed again, along the features so many of a dgrad's that on an H100 it cost more than it saved. Where experts have
+few tokens, torch's GEMM in BF16 is the faster one (benchmarks/NOTES.md). So it is the forward of many tokens that
+becomes FP8; the options say otherwise.
 """
 
 from __future__ import annotations
