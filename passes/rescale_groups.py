@@ -133,7 +133,7 @@ def _is_of_tokens_and_weights(site: Site) -> bool:
 
 @dataclass(frozen=True)
 class RescaleGroups:
-    """Replace grouped GEMMs of fake-quantised operands by row-wise scaled FP8 GEMMs of the same values.
+    """Replace GEMMs of tokens and experts by row-wise scaled FP8 GEMMs of the same values.
 
     Attributes:
         roles: of the GEMMs that are replaced: "forward", "dgrad".
@@ -145,7 +145,7 @@ class RescaleGroups:
 
     name: ClassVar[str] = "rescale_groups"
     needs: ClassVar[tuple[str, ...]] = ("fused",)
-    gives: ClassVar[tuple[str, ...]] = ("groups_rescaled",)
+    gives: ClassVar[tuple[str, ...]] = ("in_groups",)
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         kernels = {kernel.op for kernel in context.backend.kernels if kernel.device == context.device}

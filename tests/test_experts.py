@@ -225,6 +225,35 @@ def test_bytes_and_commands_end_to_end(tmp_path: Path) -> None:
     assert loaded.model.layers[0].mlp.experts.gate_up_proj.codes.dtype == torch.uint8
 
 
+# --- the module ------------------------------------------------------------------------------------------------------
+
+SPECS: dict[str, tuple[Operand, Operand | None]] = {
+    "transformed": (Operand("hif4", hadamard=32), Operand("hif4", hadamard=32)),
+    "2-D blocks, tensor scales": (Operand("nvfp4", block_2d=True), Operand("nvfp4")),
+    "a rule": (Operand("mxfp4", scale_rule="rceil"), None),
+}
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(("weight", "given"), SPECS.values(), ids=SPECS)
+def test_a_stack_is_a_packed_linear_layer_for_each_expert(weight: Operand, given: Operand | None, axis: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, tokens = (torch.randn(shape, generator=generator) for shape in ((3, 64, 64), (10, 64)))
+    row = PackedWeight.from_dict(json.loads(json.dumps(PackedWeight((3, 64, 64), axis, weight, given).to_dict())))
+    parts = row.pack(dense)
+    assert {n: (p.shape, p.dtype) for n, p in parts.items()} == {n: (p.shape, p.dtype) for n, p in row.parts().items()}
+    stack = PackedStack(row, parts, torch.float32)
+    got = stack(tokens, torch.tensor([4, 4, 8]))
+    one = PackedWeight((64, 64), axis - 1, weight, given)
+    for expert, span in ((0, slice(0, 4)), (2, slice(4, 8))):
+        own = {n: p if n == "tensor_scale" else p[expert] for n, p in parts.items()}
+        layer = PackedLinear(one, own, None, torch.float32)
+        assert torch.equal(stack.weight[expert], layer.weight)
+        if given is None or not given.scaled_per_tensor:  # else one scale for the tokens of all
+            torch.testing.assert_close(got[span], layer(tokens[span]), rtol=1e-5, atol=1e-5)
+    assert not got[8:].any()
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +267,13 @@ def test_other_modules_and_shapes_are_refused() -> None:
     for name, why in (("gate_up_proj", "no gate_up_proj of shape"), ("w1", "the stacks of experts are gate_up_proj")):
         with pytest.raises(FP4TypeError, match=why):
             experts.pack(mixture, name, row)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [([3, 64, 64], 0), ([64, 64], 2), ([2, 3, 64, 64], 3)])
+def test_rows_that_no_layer_runs(shape: list[int], axis: int) -> None:
+    data = PackedWeight((64, 64), 1, Operand("hif4")).to_dict()
+    with pytest.raises(FP4ValueError, match="a stack of matrices along 1 or 2"):
+        PackedWeight.from_dict({**data, "shape": shape, "axis": axis})
 
 
 def test_experts_kept_by_name_stay_dense(tmp_path: Path) -> None:
