@@ -24,6 +24,11 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _NEEDED = ("num_experts", "has_bias", "is_transposed")
 
 
+def found_in(model: nn.Module) -> bool:
+    """Whether a model has transformers' stacked experts."""
+    return any(all(hasattr(module, flag) for flag in _NEEDED) for module in model.modules())
+
+
 def refusal(module: nn.Module, name: str) -> str | None:
     """Why the module's parameter `name` is no stack that can be packed, or None."""
     lacking = [flag for flag in _NEEDED if not hasattr(module, flag)]

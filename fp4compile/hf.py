@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fp4compile import experts
 from fp4compile.errors import FP4ValueError, unknown
 
 CONFIG = "config.json"
@@ -95,10 +96,16 @@ def class_of(config: Any, folder: Path) -> type:
 
 
 def meta_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model without storage, in eval mode: enough to capture its graph and list its tensors."""
+    """The model without storage, in eval mode: enough to capture its graph and list its tensors.
+
+    Experts run as one grouped GEMM: a loop over those that tokens were routed to is no graph.
+    """
     with torch.device("meta"):
-        model: nn.Module = cls._from_config(deepcopy(config), dtype=dtype)
-    return model.eval()
+        model: Any = cls._from_config(deepcopy(config), dtype=dtype)
+    if experts.found_in(model) and getattr(model.config, "_experts_implementation", None) == "eager":
+        model.set_experts_implementation("grouped_mm")
+    made: nn.Module = model.eval()
+    return made
 
 
 def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:

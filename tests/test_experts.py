@@ -269,6 +269,16 @@ def test_other_modules_and_shapes_are_refused() -> None:
             experts.pack(mixture, name, row)
 
 
+@pytest.mark.parametrize("how", ["eager", pytest.param("batched_mm", marks=pytest.mark.slow)])
+def test_however_the_model_runs_its_experts(converted: Any, how: str, tmp_path: Path) -> None:
+    made = copy.deepcopy(model("qwen3_moe"))
+    made.set_experts_implementation(how)
+    mine = written(fp4compile.convert(made, "hif4-w4a16", out=tmp_path / "out").path)
+    other = written(converted("qwen3_moe", "hif4-w4a16").path)
+    assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    assert made.config._experts_implementation == how
+
+
 @pytest.mark.parametrize(("shape", "axis"), [([3, 64, 64], 0), ([64, 64], 2), ([2, 3, 64, 64], 3)])
 def test_rows_that_no_layer_runs(shape: list[int], axis: int) -> None:
     data = PackedWeight((64, 64), 1, Operand("hif4")).to_dict()
