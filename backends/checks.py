@@ -42,6 +42,15 @@ def scalars(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def tensor_scales(arguments: Mapping[str, Any]) -> str | None:
+    """Tensor scales of a GEMM's operands are single numbers in fp32."""
+    for name in ("a_tensor_scale", "b_tensor_scale"):
+        scale = arguments[name]
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+            return f"{name} is not one fp32 number"
+    return None
+
+
 def scale_rule(arguments: Mapping[str, Any]) -> str | None:
     """A scale rule that the kernels have."""
     fmt = FORMATS[arguments["format"]]

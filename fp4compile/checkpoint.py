@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +113,35 @@ def from_module(model: nn.Module) -> dict[str, Entry]:
         return tensor
 
     return {n: Entry(t.dtype, tuple(t.shape), partial(give, t)) for n, t in model.state_dict().items()}
+
+
+def stacked(parts: Sequence[Sequence[Entry]], axis: int) -> Entry | None:
+    """The stack [n, ...] of n tensors, each made of parts side by side along `axis` of the stack; read at once.
+
+    Args:
+        parts: of each part, n tensors of one dtype and shape.
+
+    Returns:
+        None where the parts do not make a stack.
+    """
+    kinds = [{(entry.dtype, entry.shape) for entry in of_part} for of_part in parts]
+    if len({len(of_part) for of_part in parts}) != 1 or any(len(kind) != 1 for kind in kinds):
+        return None
+    dtypes, shapes = zip(*(next(iter(kind)) for kind in kinds), strict=True)
+    others = {(*shape[: axis - 1], *shape[axis:]) for shape in shapes}
+    if len(set(dtypes)) != 1 or len(others) != 1 or len({len(shape) for shape in shapes}) != 1:
+        return None
+    sizes = [shape[axis - 1] for shape in shapes]
+    shape = (len(parts[0]), *shapes[0][: axis - 1], sum(sizes), *shapes[0][axis:])
+
+    def read() -> Tensor:
+        stack = torch.empty(shape, dtype=dtypes[0])
+        for of_part, place in zip(parts, stack.split(sizes, axis), strict=True):
+            for entry, matrix in zip(of_part, place, strict=True):
+                matrix.copy_(entry.read())
+        return stack
+
+    return Entry(dtypes[0], shape, read)
 
 
 class Writer:

@@ -9,12 +9,13 @@ format written there. It is captured without weights; these are then read, packe
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class _Item:
 
     @property
     def module(self) -> str:
-        return self.name.rpartition(".")[0]
+        """Path of what takes the weight's place: its linear layer, or of a stack of experts the parameter itself."""
+        return self.name if self.packed and self.packed.stacked else self.name.rpartition(".")[0]
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of what is written."""
@@ -100,7 +102,7 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     unknown_names = [name for name in source if name not in shapes]
     new = {old: name for old, name in hf.renamed(model, unknown_names).items() if name not in source}
-    source = {new.get(name, name): entry for name, entry in source.items()}
+    source = _stacks(model, {new.get(name, name): entry for name, entry in source.items()}, shapes)
     items: list[_Item] = []
     used: set[str] = set()
     missing: list[str] = []
@@ -121,6 +123,18 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
         lacking = f"{', '.join(missing[:8])}{more}"
         raise FP4ValueError(f"{where} lacks tensors of {type(model).__name__}: {lacking}{_advice(missing, source)}")
     return items + [_Item(name, entry) for name, entry in source.items() if name not in used]
+
+
+def _stacks(model: Any, source: Mapping[str, Entry], known: Container[str]) -> dict[str, Entry]:
+    """The checkpoint with the experts that it holds one by one in stacks, as transformers makes them."""
+    made = dict(source)
+    for name, merge in hf.merged(model, [name for name in source if name not in known]).items():
+        stack = checkpoint.stacked([[source[n] for n in part] for part in merge.parts], merge.axis)
+        if stack is not None and name not in source:
+            made[name] = stack
+            for n in itertools.chain(*merge.parts):
+                del made[n]
+    return made
 
 
 def _advice(missing: Iterable[str], source: Iterable[str]) -> str:

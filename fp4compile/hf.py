@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fp4compile import experts
 from fp4compile.errors import FP4ValueError, unknown
 
 CONFIG = "config.json"
@@ -94,10 +96,16 @@ def class_of(config: Any, folder: Path) -> type:
 
 
 def meta_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model without storage, in eval mode: enough to capture its graph and list its tensors."""
+    """The model without storage, in eval mode: enough to capture its graph and list its tensors.
+
+    Experts run as one grouped GEMM: a loop over those that tokens were routed to is no graph.
+    """
     with torch.device("meta"):
-        model: nn.Module = cls._from_config(deepcopy(config), dtype=dtype)
-    return model.eval()
+        model: Any = cls._from_config(deepcopy(config), dtype=dtype)
+    if experts.found_in(model) and getattr(model.config, "_experts_implementation", None) == "eager":
+        model.set_experts_implementation("grouped_mm")
+    made: nn.Module = model.eval()
+    return made
 
 
 def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -136,6 +144,51 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
             new = step.rename_source_key(new)[0]
         found[name] = new
     return found
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How transformers makes a stack [experts, ...] from the tensors of single experts.
+
+    Attributes:
+        parts: of each part of a matrix, in order, the names of all experts' tensors.
+        axis: of the stack along which parts lie side by side.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    axis: int
+
+
+def merged(model: Any, names: Iterable[str]) -> dict[str, Merge]:
+    """Name in the model -> the names in a checkpoint whose tensors transformers stacks to it, by its own table.
+
+    Only stacks, of matrices or of parts of them side by side: what transformers changes besides is left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    names = sorted(names, key=_by_number)
+    found: dict[str, Merge] = {}
+    for step in get_model_conversion_mapping(model):
+        if not isinstance(step, WeightConverter):
+            continue
+        stack, *others = step.operations
+        sides = [other for other in others if isinstance(other, Concatenate)]
+        if not isinstance(stack, MergeModulelist) or stack.dim != 0 or sides != others or len(sides) > 1:
+            continue
+        parts: dict[str, dict[str, list[str]]] = {}
+        for name in names:
+            target, pattern = step.rename_source_key(name)
+            if pattern is not None:
+                parts.setdefault(target, {p: [] for p in step.source_patterns})[pattern].append(name)
+        axis = sides[0].dim if sides else 1
+        found |= {target: Merge(tuple(map(tuple, of.values())), axis) for target, of in parts.items()}
+    return found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """What orders names by the numbers in them: experts.9 before experts.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def write_companions(origin: Any, config: Any, out: Path) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4compile import checkpoint, hf
+from fp4compile import checkpoint, experts, hf
 from fp4compile.backend import install_kernels
 from fp4compile.checkpoint import WEIGHTS
 from fp4compile.convert import DTYPES, MANIFEST, VERSION
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import PackedLinear, PackedWeight, replaced
+from fp4compile.packed import PackedLayer, PackedWeight, replaced
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -57,15 +57,20 @@ def _replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def _pack_modules(model: nn.Module, rows: Mapping[str, PackedWeight], where: str) -> None:
-    """Put a `PackedLinear` in the place of each packed module, and of those that share its weight."""
+    """Put a `PackedLinear` in the place of each packed module and of those that share its weight, and a `PackedStack`
+    in that of each packed parameter of experts."""
     by_weight: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         by_weight.setdefault(id(getattr(module, "weight", None)), []).append(path)
     for path, row in rows.items():
+        parent, _, name = path.rpartition(".")
         try:
-            module = model.get_submodule(path)
+            module = model.get_submodule(parent if row.stacked else path)
         except AttributeError as error:
             raise FP4ValueError(f"{where}: the model has no module {path!r}") from error
+        if row.stacked:
+            experts.pack(module, name, row)
+            continue
         first = replaced(module, row)
         made = {id(module): first}
         for other in by_weight[id(module.weight)]:
@@ -134,7 +139,8 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
         dtype: fp32, bf16 or fp16 for everything that is not packed; None keeps what is stored.
 
     Returns:
-        The transformers model in eval mode, parameters frozen; each packed layer is a `PackedLinear`.
+        The transformers model in eval mode, parameters frozen; each packed layer is a `PackedLinear`, and each packed
+        stack of experts a `PackedStack`.
 
     Raises:
         FP4ValueError: no converted model, an unknown version or format, a tensor missing or of another shape.
@@ -156,7 +162,7 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
     target = torch.device(device)
     _fill(model, folder / WEIGHTS, target, dtype, list(manifest.get("extra", [])))
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLayer):
             module.dtype = dtype or stored
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]

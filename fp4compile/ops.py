@@ -145,6 +145,15 @@ _ROWS = (
         samples.grouped_mm,
     ),
     Op(
+        # Rows of tokens and a packed stack [G, N, K]: codes [G, N, K / 2], K padded to whole blocks.
+        "grouped_mm_packed",
+        "(Tensor a, Tensor b, Tensor b_scales, Tensor ends, str b_format, SymInt k, bool b_block_2d=False, "
+        "Tensor? a_tensor_scale=None, Tensor? b_tensor_scale=None) -> Tensor",
+        reference.grouped_mm_packed,
+        reference.grouped_mm_packed_fake,
+        samples.grouped_mm_packed,
+    ),
+    Op(
         "quantize_rowwise",
         "(Tensor x, str format, int axis, str rounding='nearest', str? scale_rule=None, Tensor? seed=None, "
         "int stream=0, int hadamard=0, Tensor? sign_seed=None, "
@@ -170,6 +179,15 @@ _ROWS = (
         reference.mm_rowwise,
         reference.mm_rowwise_fake,
         samples.mm_rowwise,
+    ),
+    Op(
+        # Rows of tokens, and of a stack of weights: [G N, K] or [N, G K]. `ends` of [G].
+        "grouped_mm_rowwise",
+        "(Tensor a, Tensor a_scale, Tensor a_exponents, Tensor a_flags, Tensor b, Tensor b_scale, "
+        "Tensor b_exponents, Tensor b_flags, Tensor ends, ScalarType dtype) -> Tensor",
+        reference.grouped_mm_rowwise,
+        reference.grouped_mm_rowwise_fake,
+        samples.grouped_mm_rowwise,
     ),
     Op(
         "draw_seed",
@@ -230,3 +248,24 @@ torch.library.register_autograd(
     "fp4compile::fake_quantize", _straight_through, setup_context=_setup_straight_through, lib=LIBRARY
 )
 torch.library.register_autograd("fp4compile::mm", _mm_backward, setup_context=_setup_mm, lib=LIBRARY)
+
+
+def _setup_grouped_mm_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, b, b_scales, ends, b_format, k, b_block_2d, a_ts, b_ts = inputs
+    ctx.save_for_backward(b, b_scales, ends, a_ts, b_ts)
+    ctx.b_format, ctx.k, ctx.b_block_2d = b_format, k, b_block_2d
+
+
+def _grouped_mm_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    b, b_scales, ends, a_ts, b_ts = ctx.saved_tensors
+    ops = torch.ops.fp4compile
+    stack = ops.dequantize(b, b_scales, None, ctx.b_format, -1, ctx.k, ctx.b_block_2d, grad.dtype)
+    return ops.grouped_mm(grad.contiguous(), stack, ends, a_ts, b_ts), *([None] * 8)
+
+
+torch.library.register_autograd(
+    "fp4compile::grouped_mm_packed",
+    _grouped_mm_packed_backward,
+    setup_context=_setup_grouped_mm_packed,
+    lib=LIBRARY,
+)

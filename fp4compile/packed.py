@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: codes and scales in, `fp4compile.mm` out."""
+"""Layers whose weights stay packed: codes and scales in, `fp4compile.mm` or `fp4compile.grouped_mm_packed` out."""
 
 from __future__ import annotations
 
@@ -22,21 +22,27 @@ class PackedWeight:
     """How a weight is packed and how its GEMM reads the other operand.
 
     Attributes:
-        shape: of the weight in the model.
-        axis: the contraction axis: 1 for `nn.Linear` [out, in], 0 for GPT-2's `Conv1D` [in, out].
+        shape: of the weight in the model; of a stack of matrices, one per expert, [experts, ...].
+        axis: the contraction axis: 1 for `nn.Linear` [out, in], 0 for GPT-2's `Conv1D` [in, out]; of a stack 1 or 2.
         weight: its spec; weights are rounded to nearest.
         input: spec of the activation, None where it stays in high precision.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     axis: int
     weight: Operand
     input: Operand | None = None
 
     @property
+    def stacked(self) -> bool:
+        """Whether there is a matrix for each expert."""
+        return len(self.shape) == 3
+
+    @property
     def features(self) -> tuple[int, int]:
         """Sizes of input and output."""
-        return self.shape[self.axis], self.shape[1 - self.axis]
+        matrix, axis = self.shape[-2:], self.axis - len(self.shape)
+        return matrix[axis], matrix[-3 - axis]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: shape, axis, the weight's spec and the input's."""
@@ -55,18 +61,20 @@ class PackedWeight:
         try:
             spec = dict(data)
             shape, axis, given = tuple(map(int, spec.pop("shape"))), spec.pop("axis"), spec.pop("input")
-            row = cls((shape[0], shape[1]), axis, _operand(spec), _operand(given) if given else None)
+            row = cls(shape, axis, _operand(spec), _operand(given) if given else None)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FP4ValueError(f"malformed description of a packed weight: {error!r}") from error
-        if len(shape) != 2 or axis not in (0, 1):
-            raise FP4ValueError(f"a packed weight is a matrix packed along axis 0 or 1, got {shape}, {axis}")
+        if len(shape) not in (2, 3) or axis not in (len(shape) - 2, len(shape) - 1):
+            allowed = "a matrix packed along axis 0 or 1, or a stack of matrices along 1 or 2"
+            raise FP4ValueError(f"a packed weight is {allowed}, got {shape}, {axis}")
         return row
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantise a weight to nearest.
 
         Returns:
-            `codes` uint8 [out, in/2], padded to whole blocks; `scales`; `tensor_scale` if the spec has one.
+            `codes` uint8 [out, in/2], padded to whole blocks, of a stack [experts, out, in/2]; `scales`; `tensor_scale`
+            if the spec has one, one for a stack.
         """
         install_kernels()
         spec = self.weight
@@ -96,52 +104,31 @@ def _operand(data: Mapping[str, Any]) -> Operand:
     return Operand(**{k: v for k, v in data.items() if (k, v) != ("tensor_scale", True)})
 
 
-class PackedLinear(nn.Module):
-    """A linear layer on a packed weight.
-
-    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype, accumulated in fp32. The
-    activation is fake-quantised first where the row says so.
+class PackedLayer(nn.Module):
+    """A packed weight in a model.
 
     Attributes:
         codes, scales, tensor_scale: buffers, as `PackedWeight.pack` returns them; `tensor_scale` stays fp32.
-        bias: [out] or None.
+        dtype: what the weight decodes to: the model's.
     """
 
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor | None
-    bias: Tensor | None
 
-    def __init__(
-        self, packed: PackedWeight, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, packed: PackedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.packed = packed
         self.in_features, self.out_features = packed.features
         self.dtype = dtype
         for name in PARTS:
             self.register_buffer(name, parts.get(name))
-        self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        spec = self.packed.weight
-        a_scale = None
-        if self.packed.input is not None:
-            x, a_scale = self._quantized(x, self.packed.input)
-        return torch.ops.fp4compile.mm(
-            x,
-            self.codes,
-            self.bias,
-            b_scales=self.scales,
-            a_tensor_scale=a_scale,
-            b_tensor_scale=self.tensor_scale,
-            b_format=spec.format,
-            b_block_2d=spec.block_2d,
-            k=self.in_features,
-        )
-
-    def _quantized(self, x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
-        """The fake-quantised activation, and the tensor scale that is left for the accumulator."""
+    def _given(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The activation [..., in], fake-quantised where the row says so, and the tensor scale left for the product."""
+        spec = self.packed.input
+        if spec is None:
+            return x, None
         shape = x.shape
         x = x.reshape(-1, self.in_features)  # the GEMM's operand: a 2-D block spans tokens of the whole batch
         scale = None
@@ -177,7 +164,7 @@ class PackedLinear(nn.Module):
         )
         return _untransformed(dense, row.axis, spec.hadamard).to(self.dtype) if spec.hadamard else dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Move or cast as `nn.Module` does, but never cast the tensor scale: its range is fp32's."""
         scale = self.tensor_scale
         super()._apply(fn, recurse)
@@ -186,20 +173,83 @@ class PackedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return self
 
-    def extra_repr(self) -> str:
+    def _about(self) -> str:
         row = self.packed
         given = f", input={row.input.format}" if row.input else ""
         blocks = ", block_2d=True" if row.weight.block_2d else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={row.weight.format}{blocks}{given}"
+        return f"format={row.weight.format}{blocks}{given}"
+
+
+class PackedLinear(PackedLayer):
+    """A linear layer on a packed weight.
+
+    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype, accumulated in fp32. The
+    activation is fake-quantised first where the row says so.
+
+    Attributes:
+        bias: [out] or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: PackedWeight, parts: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(packed, parts, dtype)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.packed.weight
+        x, a_scale = self._given(x)
+        return torch.ops.fp4compile.mm(
+            x,
+            self.codes,
+            self.bias,
+            b_scales=self.scales,
+            a_tensor_scale=a_scale,
+            b_tensor_scale=self.tensor_scale,
+            b_format=spec.format,
+            b_block_2d=spec.block_2d,
+            k=self.in_features,
         )
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self._about()}"
+
+
+class PackedStack(PackedLayer):
+    """The weights of all experts of a layer, packed, in the place of a stacked parameter.
+
+    Takes tokens [T, in] in fp32, bf16 or fp16, sorted by expert, and where the tokens of each expert end, [experts];
+    returns [T, out] in that dtype, accumulated in fp32, zero behind the last expert's tokens. The tokens are
+    fake-quantised first where the row says so.
+    """
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        spec = self.packed.weight
+        x, a_scale = self._given(x)
+        return torch.ops.fp4compile.grouped_mm_packed(
+            x,
+            self.codes,
+            self.scales,
+            ends,
+            spec.format,
+            self.in_features,
+            spec.block_2d,
+            a_scale,
+            self.tensor_scale,
+        )
+
+    def extra_repr(self) -> str:
+        sizes = f"experts={self.packed.shape[0]}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._about()}"
 
 
 def _untransformed(values: Tensor, axis: int, size: int) -> Tensor:
     """Undo `hadamard`: the matrix is its own inverse, the signs then come last instead of first."""
     flips = signs(size, None, values.device).repeat(values.shape[axis] // size)
-    flips = flips if axis == 1 else flips[:, None]
+    flips = flips if axis == values.dim() - 1 else flips[:, None]
     transformed: Tensor = torch.ops.fp4compile.hadamard(values * flips, axis, size)
     return transformed * flips
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map_only
 
-from fp4compile import source
+from fp4compile import experts, source
 from fp4compile.backend import No
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.explain import explain
@@ -32,6 +32,8 @@ from fp4compile.report import Report, SiteRecord
 
 _LINEARS = ("Linear", "Conv1D")
 _LAST_PASS = "insert_qdq"
+# Kind of a GEMM -> the op that multiplies with its packed weight.
+_RUNS = {"linear": "fp4compile.mm", "grouped": "fp4compile.grouped_mm_packed"}
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -102,17 +104,27 @@ class _Plan:
             return No("only its activation is to be quantised; a packed layer needs an FP4 weight")
         owners = {n.rpartition(".")[0]: n.rpartition(".")[2] for n in self.tied.get(name, [])}
         for path, attribute in owners.items():
-            kind = type(self.model.get_submodule(path)).__name__
-            if kind not in _LINEARS or attribute != "weight":
-                return No(f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(_LINEARS)}")
+            reason = self._unpackable(path, attribute)
+            if reason is not None:
+                return No(reason)
         quantize = _quantize_of(site.operand("weight"))
         args: Any = quantize.args if quantize else (None,)
         if not owners or context.parameters.get(args[0]) != site.parameter:
             return No(f"its weight is computed in the graph from {site.parameter!r}, not read")
-        rows, columns = args[0].meta["val"].shape
+        shape = tuple(map(int, args[0].meta["val"].shape))
         weight, given = (_nearest(site.specs.get(n)) for n in ("weight", "input"))
         assert weight is not None
-        return PackedWeight((int(rows), int(columns)), args[2] % 2, weight, given)
+        return PackedWeight(shape, args[2] % len(shape), weight, given)
+
+    def _unpackable(self, path: str, attribute: str) -> str | None:
+        """Why no layer takes the place of a module's packed parameter, or None."""
+        module = self.model.get_submodule(path)
+        kind = type(module).__name__
+        if module.get_parameter(attribute).dim() == 3:
+            reason = experts.refusal(module, attribute)
+            return reason if reason is None else f"its weight is {path}.{attribute}; {reason}"
+        known = kind in _LINEARS and attribute == "weight"
+        return None if known else f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(_LINEARS)}"
 
 
 def _nearest(spec: Operand | None) -> Operand | None:
@@ -192,7 +204,7 @@ def _settled(site: SiteRecord, plan: _Plan) -> SiteRecord:
     reason = plan.refused.get((site.path, site.parameter))
     if reason:
         return replace(site, status="refused", formats=dict.fromkeys(site.formats), reason=reason)
-    return replace(site, kernel="fp4compile.mm") if site.status == "fp4" else site
+    return replace(site, kernel=_RUNS[site.kind]) if site.status == "fp4" else site
 
 
 def _refusal(refused: Sequence[SiteRecord], recipe: Recipe) -> str:
@@ -214,7 +226,15 @@ def _unread(model: nn.Module, plan: _Plan, report: Report) -> list[str]:
     read = {name for site in report.sites for name in plan.tied.get(site.parameter, [site.parameter])}
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     large = (n for n, p in model.named_parameters() if p.dim() > 1 and max(p.shape) != p.numel())
-    return [n for n in large if n not in read | tables]
+    return [n for n in large if n not in read | tables and not _is_bias_of_stack(model, n)]
+
+
+def _is_bias_of_stack(model: nn.Module, name: str) -> bool:
+    """Whether a matrix has a row for each expert of a module whose weights are stacks."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    stacks = (p for p in owner.parameters(recurse=False) if p.dim() == 3)
+    shape = model.get_parameter(name).shape
+    return len(shape) == 2 and any(shape[0] == stack.shape[0] for stack in stacks)
 
 
 def _lost_experts(unread: Sequence[str], recipe: Recipe) -> list[SiteRecord]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile import codec, rowwise
+from fp4compile import codec, grouped, rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
 from fp4compile.hadamard import inverse_hadamard
@@ -298,6 +298,27 @@ def mm_fake(
     return a.new_empty([*a.shape[:-1], columns], dtype=_product_dtype(a, a_format, dtype))
 
 
+def grouped_mm_packed(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    ends: Tensor,
+    b_format: str,
+    k: int,
+    b_block_2d: bool = False,
+    a_tensor_scale: Tensor | None = None,
+    b_tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """`grouped.grouped_mm` of tokens [T, K] and a packed stack [G, N, K]: [T, N] in a's dtype."""
+    stack = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
+    return grouped.grouped_mm(a, stack.mT, ends, a_tensor_scale, b_tensor_scale)
+
+
+def grouped_mm_packed_fake(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The shape rule of `grouped_mm_packed`."""
+    return a.new_empty([a.shape[0], b.shape[1]])
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A seed of stochastic rounding, from torch's generator of the device."""
     return torch.randint(0, 2**32, (), dtype=torch.int64, device=device)
@@ -416,3 +437,46 @@ def mm_rowwise_fake(
 ) -> Tensor:
     """The shape rule of `mm_rowwise`."""
     return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+
+
+def grouped_mm_rowwise(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grouped.grouped_mm` of tokens and a stack of weights that `quantize_rowwise` made, from the exponents of blocks.
+
+    Args:
+        a: [T, K], rows of tokens.
+        b: [G N, K], a stack [G, N, K] quantised along its last axis; or [N, G K], a stack [G, K, N] along its middle
+            one, each matrix in whole blocks.
+        ends: [G], where each group of tokens ends. What lies behind the last group is zero in the result.
+
+    Returns:
+        [T, N] in `dtype`, products and sums in fp32.
+    """
+    left, right = rowwise.dequantize(a, a_scale, a_exponents), rowwise.dequantize(b, b_scale, b_exponents)
+    return grouped.grouped_mm(left, rowwise.stacked(right, a.shape[1], len(ends)), ends).to(dtype)
+
+
+def grouped_mm_rowwise_fake(
+    a: Tensor,
+    a_scale: Tensor,
+    a_exponents: Tensor,
+    a_flags: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_exponents: Tensor,
+    b_flags: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The shape rule of `grouped_mm_rowwise`."""
+    return a.new_empty([a.shape[0], rowwise.stacked(b, a.shape[1], ends.shape[0]).shape[2]], dtype=dtype)

@@ -161,3 +161,15 @@ def dequantize(values: Tensor, scale: Tensor, exponents: Tensor) -> Tensor:
     k = torch.where(_inside(k, window, values.dtype) | (k > 127), window, k)
     scaled = values.to(torch.float32).unflatten(-1, (blocks, -1))
     return (scaled * _pow2(k)[..., None]).flatten(1)
+
+
+def stacked(rows: Tensor, size: int, groups: int) -> Tensor:
+    """The rows of a stack of matrices as the stack [groups, size, N]: a view.
+
+    Args:
+        rows: [groups N, size], rows of one matrix behind those of another; or [N, groups size], of which each matrix
+            has its part of every row. One matrix is both.
+    """
+    if rows.shape[1] == size:
+        return rows.unflatten(0, (groups, -1)).permute(0, 2, 1)
+    return rows.unflatten(1, (groups, size)).permute(1, 2, 0)

@@ -216,6 +216,20 @@ def grouped_mm() -> Iterator[Mapping[str, Any]]:
                 yield {"a": a, "b": b, "ends": ends, "a_tensor_scale": scale, "b_tensor_scale": scale * 3}
 
 
+def grouped_mm_packed() -> Iterator[Mapping[str, Any]]:
+    """Samples of `grouped_mm_packed`."""
+    scale = torch.tensor(0.37)
+    for name, fmt in FORMATS.items():
+        for ends in _ends():
+            stack = _tensor(len(ends), 48, 70, seed=1)
+            for block_2d in {False, fmt.block_2d is not None}:
+                codes, scales = reference.quantize(stack, name, -1, block_2d=block_2d)
+                base = {"b": codes, "b_scales": scales, "ends": ends, "b_format": name, "k": 70, "b_block_2d": block_2d}
+                yield {**base, "a": _tensor(40, 70)}
+                yield {**base, "a": _tensor(40, 70, dtype=torch.bfloat16), "b_tensor_scale": scale}
+            yield {**base, "a": _tensor(70, 40).t(), "a_tensor_scale": scale, "b_tensor_scale": scale * 3}
+
+
 def _rowwise_formats() -> list[str]:
     return [name for name, fmt in FORMATS.items() if rowwise.refusal(fmt) is None]
 
@@ -280,6 +294,26 @@ def mm_rowwise() -> Iterator[Mapping[str, Any]]:
                 }
                 yield {**operands, "dtype": dtype}
                 yield {**operands, "dtype": dtype, "bias": _tensor(144, dtype=dtype, seed=3)}
+
+
+def grouped_mm_rowwise() -> Iterator[Mapping[str, Any]]:
+    """Samples of `grouped_mm_rowwise`: stacks quantised along either axis, flags on tokens, on weights, on neither."""
+    names = ("", "_scale", "_exponents", "_flags")
+    for format in _rowwise_formats():
+        for number, ends in enumerate(_ends()):
+            tokens, stack = _tensor(40, 96, seed=1), _tensor(len(ends), 48, 96, seed=2)
+            if number % 3:
+                tokens[2, 32:64] *= 2.0**14
+                stack[-1, 17, :32] *= 2.0**-20
+            if number == 4:
+                tokens[30, 5], stack[0, 3, 3] = float("nan"), float("inf")
+            left = reference.quantize_rowwise(tokens, format, 1)
+            # [G, N, K] along K, then [G, K, N] along K: 48 is no multiple of a block, 96 is.
+            for flat, axis in ((stack.flatten(0, 1), 1), (stack.mT.flatten(0, 1), 0)):
+                right = reference.quantize_rowwise(flat, format, axis)
+                sides = (("a", left), ("b", right))
+                operands = {f"{s}{n}": t for s, tensors in sides for n, t in zip(names, tensors, strict=True)}
+                yield from ({**operands, "ends": ends, "dtype": dtype} for dtype in (torch.float32, torch.bfloat16))
 
 
 def draw_seed() -> Iterator[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from fp4compile.passes.pair import Pair
 from fp4compile.passes.pull_back import PullBack
 from fp4compile.passes.regroup import Regroup
 from fp4compile.passes.rescale import Rescale
+from fp4compile.passes.rescale_groups import RescaleGroups
 from fp4compile.passes.share import Share
 from fp4compile.passes.stabilise import Stabilise
 from fp4compile.passes.unwrap import Unwrap
@@ -35,6 +36,7 @@ PIPELINE = (
     Fold(),  # before fuse: a folded weight keeps its packed form, all else becomes fake quantisation
     Fuse(),
     Pack(),
+    RescaleGroups(),  # before rescale, which reports the grouped GEMMs that are left
     Rescale(),  # after pack: FP4 tensor cores are faster still
     Pair(),  # what is left of fake quantisation is read from one tensor
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
@@ -57,6 +59,7 @@ __all__ = [
     "PullBack",
     "Regroup",
     "Rescale",
+    "RescaleGroups",
     "Share",
     "Stabilise",
     "Unwrap",

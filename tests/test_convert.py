@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -357,20 +356,6 @@ def test_a_weight_that_the_checkpoint_lacks_is_named(folder, tmp_path):
     with pytest.raises(FP4ValueError, match=missing):
         fp4compile.convert(source, out=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_experts_that_a_checkpoint_holds_one_by_one_are_converted_from_memory(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64, "head_dim": 8}
-    depths = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2}
-    made = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes, **depths, num_experts_per_tok=1, pad_token_id=0))
-    made.save_pretrained(tmp_path / "source")
-    advice = (
-        r"lacks .*experts\.gate_up_proj.*; it holds 'model\.layers\.0\.mlp\.experts\.0\..*load the model with transf"
-    )
-    with pytest.raises(FP4ValueError, match=advice):
-        fp4compile.convert(tmp_path / "source", out=tmp_path / "out", strict=False)
-    report = fp4compile.convert(made, out=tmp_path / "out", strict=False).report
-    assert {(s.kind, s.status) for s in report.sites} == {("linear", "fp4"), ("linear", "kept"), ("grouped", "refused")}
 
 
 def test_base_model_names_shards_and_extra_tensors(folder, converted, tmp_path):

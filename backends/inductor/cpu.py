@@ -460,6 +460,28 @@ def mm(
     return out.to(dtype or a.dtype)
 
 
+def grouped_mm_packed(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    ends: Tensor,
+    b_format: str,
+    k: int,
+    b_block_2d: bool,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+) -> Tensor:
+    """The op `grouped_mm_packed`: experts without a token are not decoded."""
+    out = a.new_zeros((a.shape[0], b.shape[1]))
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            weight = b[group], None, None, b_scales[group], a_tensor_scale, b_tensor_scale
+            out[start:end] = mm(a[start:end], *weight, "", b_format, b_block_2d, k, None)
+        start = end
+    return out
+
+
 # --- what they support --------------------------------------------------------------------------------------
 
 
@@ -484,6 +506,11 @@ def _operands(arguments: Mapping[str, Any]) -> str | None:
     if not formats:
         return "no operand is packed"
     return next((known.reason for known in map(_known, formats) if isinstance(known, No)), None)
+
+
+def _format_of_stack(arguments: Mapping[str, Any]) -> str | None:
+    known = _known(arguments["b_format"])
+    return known.reason if isinstance(known, No) else None
 
 
 def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
@@ -519,5 +546,6 @@ KERNELS: tuple[Kernel, ...] = tuple(
         ),
         ("hadamard", hadamard, (_on_cpu, checks.input, checks.scalars, _transform_size)),
         ("mm", mm, (_on_cpu, _operands)),
+        ("grouped_mm_packed", grouped_mm_packed, (_on_cpu, _format_of_stack)),
     )
 )

@@ -7,7 +7,8 @@ their fp32 sums, and grouped ones under tensor scales to one rounding more.
 
     X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
     arithmetic.py   what the kernels share; launch.py: what the launches share; replay.py: calls that repeat
-    gemm, native    GEMMs of cuBLAS; grouped: torch's GEMM of groups; produce: producers as Triton functions
+    gemm, native    GEMMs of cuBLAS; grouped, grouped_rowwise: torch's GEMMs of groups
+    produce         producers as Triton functions
     tune            measured cuts
 
 Importing this package needs neither Triton nor a GPU: where one is missing, every kernel says so and the reference
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.backends.triton import codec, gemm, grouped, native, packed, produce, rowwise
+from fp4compile.backends.triton import codec, gemm, grouped, grouped_rowwise, native, packed, produce, rowwise
 from fp4compile.backends.triton.replay import Plan, Replay
 
 Bind = Callable[[Mapping[str, Any]], Callable[..., Any]]
@@ -165,6 +166,9 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
     _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel(
+        "triton/grouped_mm_packed", "grouped_mm_packed", packed.grouped_mm, _on_one_gpu, packed.operands_of_groups
+    ),
     _kernel("torch/grouped_mm", "grouped_mm", grouped.grouped_mm, _on_one_gpu, grouped.operands),
     _replayed("triton/fake_quantize", "fake_quantize", codec.plan_fake_quantize, *_QUANTIZED, *_OPTIONS, _producer),
     _replayed(
@@ -191,5 +195,9 @@ KERNELS: tuple[Kernel, ...] = (
     _bound(
         "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,
         _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,
+    ),
+    _kernel(
+        "torch/grouped_mm_rowwise", "grouped_mm_rowwise", grouped_rowwise.grouped_mm_rowwise,
+        _on_one_gpu, grouped_rowwise.on_hopper, grouped_rowwise.operands, least=grouped_rowwise.LEAST_CAPABILITY,
     ),
 )  # fmt: skip

@@ -4,6 +4,9 @@
         1 … 16 tokens      ->  few_tokens
         17 … 511           ->  arrange, many_tokens or, on Hopper, overlapped
         more, or not bf16  ->  dequantize, a dense GEMM
+    grouped_mm_packed(a [T, K], codes [G, N, K/2], ends [G], …)
+        up to 16 tokens an expert, on average  ->  few_tokens, a weight for each group
+        more                                   ->  dequantize, torch's grouped GEMM
 
 Past 511 tokens the weight is decoded once instead of in every tile. Where exactly the two cross was not measured.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.backend import No
+from fp4compile.backends import checks
 from fp4compile.backends.triton import codec
 from fp4compile.backends.triton.launch import capturing, ceil_div, current, kernels, lasting_zeros, round_up
 from fp4compile.formats import E2M1, FORMATS, S1P2
@@ -284,6 +288,7 @@ def plan(
         "GROUPS": cut.warps // cut.slices,
         "SLICES": cut.slices,
         "TOKENS": 1 if m == 1 else cut.tokens,
+        "EXPERTS": 0,
     }  # fmt: skip
     tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
     whole = even and columns == padded
@@ -400,9 +405,10 @@ def _multiply_in_parts(
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
     planned: Plan,
+    ends: Tensor | None = None,
 ) -> None:
     (m, n), cut = y.shape, planned.cut
-    grid = cut.grid(m, n)
+    grid = cut.grid(m if ends is None else _most_tiles(m, ends.shape[0], cut.tokens) * cut.tokens, n)
     partial = counted = None
     if cut.parts > 1:
         tiles = grid[0] * grid[1]
@@ -415,14 +421,113 @@ def _multiply_in_parts(
         steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
     kernel = getattr(kernels(_KERNELS), cut.kernel)[grid]
     unit = planned.constants["UNIT"]
-    units, words = codes.shape[1] * 2 // unit, codes.view(torch.int32)
+    units, words = codes.shape[-1] * 2 // unit, codes.view(torch.int32)
     if unit > planned.constants["BLOCK"]:
         scales = scales.view(torch.int32)
     kernel(
         x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
-        m, n, planned.columns, x.stride(0), units, steps,
+        M=m, N=n, K=planned.columns, x_stride=x.stride(0), units=units, steps=steps,
+        **({"ends_ptr": ends} if cut.kernel == "few_tokens" else {}),
         **planned.constants, num_warps=cut.warps, **_options(planned),
     )  # fmt: skip
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _most_tiles(tokens: int, experts: int, size: int) -> int:
+    """The most tiles of so many tokens that groups of them can take: each of these begins a tile."""
+    return min(tokens, (tokens + experts * (size - 1)) // size)
+
+
+def plan_grouped(cut: Cut, experts: int, n: int, k: int, format: str, block_2d: bool, plain: bool) -> Plan:
+    """The plan of GEMMs of groups of tokens, a weight [n, k] each, by `few_tokens`."""
+    planned = plan(cut, cut.tokens, n, k, format, block_2d, overlap=False, plain=plain)
+    return replace(planned, constants={**planned.constants, "EXPERTS": experts})
+
+
+@lru_cache(maxsize=4096)
+def _chosen_grouped(m: int, experts: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan | None:
+    """The table's first cut for the mean number of tokens of an expert, 16 at most, with enough programs."""
+    device = torch.cuda.get_device_properties(index)
+    shared = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    mean = min(max(ceil_div(m, experts), 2), 16)  # 1 has cuts for a single token in all
+    busy = min(m, experts)
+    cut = default(mean, n * busy, k, format, device.multi_processor_count, shared, on_hopper=False)
+    return None if cut is None else plan_grouped(cut, experts, n, k, format, block_2d, plain=False)
+
+
+def multiply_grouped(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    planned: Plan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `grouped_mm`, of contiguous operands and cut as given."""
+    y = x.new_zeros((x.shape[0], codes.shape[1]), dtype=dtype)
+    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, planned, ends)
+    return y
+
+
+def operands_of_groups(arguments: Mapping[str, Any]) -> str | None:
+    """What is asked of a call with groups: tokens in bf16, and a stack whose codes and scales belong together."""
+    a, b, scales, ends, k = (arguments[name] for name in ("a", "b", "b_scales", "ends", "k"))
+    reason = known(arguments["b_format"])
+    if isinstance(reason, No):
+        return reason.reason
+    fmt = FORMATS[arguments["b_format"]]
+    if a.dtype != torch.bfloat16 or a.dim() != 2 or a.shape[1] != k:
+        return f"a is {a.dtype} {tuple(a.shape)}; bf16 [tokens, {k}] is read"
+    if b.dim() != 3 or b.dtype != torch.uint8 or scales.dtype != fmt.scale_dtype or ends.dim() != 1:
+        return "the weights are no stack of uint8 codes with their scales and the ends of their tokens"
+    edge = fmt.block if arguments["b_block_2d"] else 1
+    (experts, n, width), blocks = b.shape, ceil_div(k, fmt.block)
+    if width * 2 != blocks * fmt.block or tuple(scales.shape) != (experts, ceil_div(n, edge), blocks):
+        return f"codes {tuple(b.shape)} and scales {tuple(scales.shape)} do not hold the blocks of {k} columns"
+    if len(ends) != experts or not all((experts, n, k)):
+        return f"{len(ends)} groups of tokens for a stack {[experts, n, k]}"
+    return checks.tensor_scales(arguments)
+
+
+# Tokens of an expert, on average, up to which its weight is decoded in the GEMM. Not measured.
+_FEW_OF_EXPERT = 16
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    ends: Tensor,
+    b_format: str,
+    k: int,
+    b_block_2d: bool,
+    a_tensor_scale: Tensor | None,
+    b_tensor_scale: Tensor | None,
+) -> Tensor:
+    """The op `grouped_mm_packed`. Nothing is read on the host.
+
+    With few tokens an expert, as in decoding, `few_tokens` decodes what its tiles read; with more the stack is decoded
+    first, exactly, for torch's grouped GEMM.
+    """
+    (m, _), (experts, n, _) = a.shape, b.shape
+    if m == 0:
+        return a.new_zeros((m, n))
+    b_scales, ends = b_scales.contiguous(), ends.to(torch.int32)
+    with current(a.device):
+        few = m <= _FEW_OF_EXPERT * experts
+        planned = _chosen_grouped(m, experts, n, k, b_format, b_block_2d, a.device.index) if few else None
+        if planned is not None:
+            x = a.detach() if a.stride(1) == 1 else a.contiguous()
+            parts = (b.contiguous(), b_scales, ends, a_tensor_scale, b_tensor_scale)
+            return multiply_grouped(x, *parts, planned, a.dtype)
+        ops = torch.ops.fp4compile
+        stack = ops.dequantize(b, b_scales, None, b_format, -1, k, b_block_2d, torch.bfloat16)
+        out: Tensor = ops.grouped_mm(a.detach().contiguous(), stack.mT, ends, a_tensor_scale, b_tensor_scale)
+        return out
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -450,11 +555,7 @@ def operands(arguments: Mapping[str, Any]) -> str | None:
     bias = arguments["bias"]
     if bias is not None and tuple(bias.shape) != (b.shape[0],):
         return f"the bias is {tuple(bias.shape)}, not one number per row of the weight"
-    for name in ("a_tensor_scale", "b_tensor_scale"):
-        scale = arguments[name]
-        if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
-            return f"{name} is not one fp32 number"
-    return None
+    return checks.tensor_scales(arguments)
 
 
 def _dense(

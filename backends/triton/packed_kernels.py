@@ -261,6 +261,21 @@ def _ordered_right(x, ROWS: tl.constexpr, TOKENS: tl.constexpr, BK: tl.constexpr
     return x.reshape([ROWS, BK, TOKENS])
 
 
+@triton.jit
+def _group(tile, ends_ptr, BM: tl.constexpr, EXPERTS: tl.constexpr):
+    """The expert of a tile of BM tokens, the tile's first token and the expert's end; the same if no expert has it."""
+    SIZE: tl.constexpr = triton.next_power_of_2(EXPERTS)
+    expert = tl.arange(0, SIZE)
+    ends = tl.load(ends_ptr + expert, expert < EXPERTS, 0)
+    starts = tl.load(ends_ptr + expert - 1, (expert > 0) & (expert < EXPERTS), 0)
+    tiles = (ends - starts + BM - 1) // BM
+    behind = tl.cumsum(tiles, 0)
+    has = (tile < behind) & (tile >= behind - tiles)
+    number = tl.sum(tl.where(has, expert, 0)).to(tl.int64)
+    first = tl.sum(tl.where(has, starts + (tile - behind + tiles) * BM, 0))
+    return number, first, tl.sum(tl.where(has, ends, 0))
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def few_tokens(
     x_ptr,
@@ -272,6 +287,7 @@ def few_tokens(
     b_ts_ptr,
     partial_ptr,
     counts_ptr,
+    ends_ptr,
     M,
     N,
     K,
@@ -294,10 +310,12 @@ def few_tokens(
     ELEMENT: tl.constexpr,
     FACTOR: tl.constexpr,
     PLAIN: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """GROUPS * BN outputs of BM tokens over one of PARTS parts of K; a warp contracts BN rows over one of SLICES of it.
 
-    TOKENS are read and repeated up to BM: one token need not take the room of eight.
+    TOKENS are read and repeated up to BM: one token need not take the room of eight. Of EXPERTS (0: none) each has a
+    weight, and tokens up to its end, which tiles do not cross.
     """
     KW: tl.constexpr = BK // 8
     UNITS: tl.constexpr = BK // UNIT
@@ -305,8 +323,15 @@ def few_tokens(
     words = units * (UNIT // 8)
     warp = tl.arange(0, WARPS)[:, None, None]
     start = tl.program_id(0) * (GROUPS * BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    token = tl.program_id(1) * BM + tl.arange(0, TOKENS)[None, None, :, None]
+    begin = tl.program_id(1) * BM
+    if EXPERTS > 0:
+        expert, begin, M = _group(tl.program_id(1), ends_ptr, BM, EXPERTS)
+        codes_ptr += expert * N * words
+        scales_ptr += expert * ((N + EDGE - 1) // EDGE) * units
+        if not PLAIN:
+            steps = tl.where(begin < M, steps, 0)  # there may be fewer tiles than programs
+    m = begin + tl.arange(0, BM)
+    token = begin + tl.arange(0, TOKENS)[None, None, :, None]
     row = start + warp // SLICES * BN + tl.arange(0, BN)[None, :, None]
     row = tl.minimum(row, N - 1).to(tl.int64)
     step = (tl.program_id(2) * SLICES + warp % SLICES) * steps

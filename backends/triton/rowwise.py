@@ -260,7 +260,8 @@ def plan_quantize_rowwise_both(
 COUNTS: dict[torch.device, Tensor] = {}
 
 
-def _counts(device: torch.device) -> Tensor:
+def counts(device: torch.device) -> Tensor:
+    """GEMMs on the device that had a flagged row, and all GEMMs."""
     return kept_zeros(COUNTS, 2, torch.int64, device)
 
 
@@ -281,18 +282,18 @@ def plan_exact(rows: int, columns: int, blocks: int, block: int) -> Launch:
 
 
 def plan_again(
-    out: Tensor, counts: Tensor, bias: Tensor | None, **operands: Tensor
+    out: Tensor, counted: Tensor, bias: Tensor | None, **operands: Tensor
 ) -> tuple[Launches, tuple[Tensor, ...]]:
     """The launch that makes what `torch._scaled_mm` wrote exact where an operand of `mm_rowwise` has flags."""
     blocks, rows = operands["a_exponents"].shape
     launch = plan_exact(rows, out.shape[1], blocks, operands["a"].shape[1] // blocks)
     pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
-    return [(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counts})], ()
+    return [(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counted})], ()
 
 
 def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
     """Run what `plan_again` says."""
-    arguments = {"out": out, "counts": _counts(out.device), "bias": bias, **operands}
+    arguments = {"out": out, "counted": counts(out.device), "bias": bias, **operands}
     Replay(plan_again, arguments)(*arguments.values())
 
 
@@ -301,7 +302,7 @@ def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
     operands = {name: value for name, value in arguments.items() if name not in ("dtype", "bias")}
     device, shape = operands["a"].device, (operands["a"].shape[0], operands["b"].shape[0])
     like = torch.empty(shape, dtype=arguments["dtype"], device="meta")
-    again = Replay(plan_again, {**operands, "bias": arguments["bias"], "out": like, "counts": _counts(device)})
+    again = Replay(plan_again, {**operands, "bias": arguments["bias"], "out": like, "counted": counts(device)})
 
     def mm_rowwise(
         a: Tensor,
@@ -318,7 +319,7 @@ def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
         scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
         # Fast accumulation keeps so few bits that it loses 12% of a sum of 14336 positive products.
         out: Tensor = torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=False)
-        again(a, a_scale, a_exponents, a_flags, b, b_scale, b_exponents, b_flags, bias, out, _counts(device))
+        again(a, a_scale, a_exponents, a_flags, b, b_scale, b_exponents, b_flags, bias, out, counts(device))
         return out
 
     return mm_rowwise
@@ -326,5 +327,5 @@ def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
 
 def notes() -> list[str]:
     """What a report says of the GEMMs that ran so far; waits for the device."""
-    taken, total = (sum(int(counts[i]) for counts in COUNTS.values()) for i in (0, 1))
+    taken, total = (sum(int(each[i]) for each in COUNTS.values()) for i in (0, 1))
     return [f"exact path taken by {taken} of {total} row-wise scaled FP8 GEMMs"] if total else []

@@ -153,6 +153,42 @@ def one_hot(format: str) -> tuple[dict[str, Any], Tensor]:
     return given, weight
 
 
+# Tokens of each expert: of several tiles, of one, of none; and behind the last of them.
+GROUPS = ((11, 0, 1, 8, 0, 3), 2)
+
+
+def grouped_call(format: str, n: int, k: int, **options: Any) -> tuple[dict[str, Any], Tensor]:
+    """A call with the weights of all experts of `GROUPS` on top of one another, and where each expert's tokens end."""
+    sizes, rest = GROUPS
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    return call(format, sum(sizes) + rest, n * len(sizes), k, **options), ends
+
+
+def multiplied_in_groups(given: dict[str, Any], ends: Tensor, cut: Cut, plain: bool, dtype: torch.dtype) -> Tensor:
+    """The GEMMs of a call in groups, cut as given."""
+    experts, (rows, width), k = ends.shape[0], given["b"].shape, given["k"]
+    n, format = rows // experts, given["b_format"]
+    planned = packed.plan_grouped(cut, experts, n, k, format, given["b_block_2d"], plain)
+    codes = given["b"].view(experts, n, width)
+    scales = given["b_scales"].view(experts, -1, given["b_scales"].shape[1])
+    tensor_scales = (given["a_tensor_scale"], given["b_tensor_scale"])
+    return packed.multiply_grouped(given["a"], codes, scales, ends, *tensor_scales, planned, dtype)
+
+
+def assert_each_group_has_its_weight(got: Tensor, given: dict[str, Any], ends: Tensor) -> None:
+    """The exact products, summed in fp32 and rounded once; zeros behind the last group."""
+    y, slack = exact({n: v.cpu() if isinstance(v, Tensor) else v for n, v in given.items()})
+    n = y.shape[1] // ends.shape[0]
+    got, half_ulp, start = got.cpu().double(), torch.finfo(got.dtype).eps / 2, 0
+    for expert, end in enumerate(ends.tolist()):
+        columns = slice(n * expert, n * (expert + 1))
+        expected, allowed = y[start:end, columns], slack[start:end, columns]
+        error = (got[start:end] - expected).abs()
+        assert (error <= expected.abs() * half_ulp * 1.001 + allowed).all()
+        start = end
+    assert torch.equal(got[start:], torch.zeros_like(got[start:]))
+
+
 # --- without a GPU ---------------------------------------------------------------------------------------------------
 
 
@@ -192,10 +228,21 @@ def assert_nan_is_kept() -> None:
     assert torch.equal(got, weight.T[64:72, :32])
 
 
+def assert_groups_agree(every: int) -> None:
+    """Every n-th format, and squares."""
+    cases = [(cut, grouped_call(n, 24, 136, scaled=n == "nvfp4")) for n, cut in zip(NAMES, SMALL, strict=False)]
+    cases.append((SMALL[0], grouped_call("mxfp4", 32, 64, block_2d=True)))
+    for cut, (given, ends) in cases[::every]:
+        given["a"] = given["a"].float()  # the interpreter cuts fp32 to bf16 instead of rounding it
+        got = multiplied_in_groups(given, ends, cut, plain=True, dtype=torch.float32)
+        assert_each_group_has_its_weight(got, given, ends)
+
+
 def interpret(every: int) -> None:
     """Every n-th pair of a cut and a call, on CPU tensors; only where Triton was imported with TRITON_INTERPRET=1."""
     assert_tokens_are_arranged()
     assert_nan_is_kept()
+    assert_groups_agree(every)
     pairs = [(cut, given) for format in NAMES for given in calls(format) for cut in SMALL]
     for cut, given in pairs[::every]:
         # The interpreter cuts fp32 to bf16 instead of rounding it: fp32 results.
@@ -220,10 +267,11 @@ _POINTERS = {
     "y_ptr": "*bf16",
     "partial_ptr": "*fp32",
     "counts_ptr": "*i32",
+    "ends_ptr": "*i32",
 }
 
 
-def compiled(cut: Cut, format: str, m: int, capability: int = 90) -> Any:
+def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int = 0) -> Any:
     """What Triton makes of a cut for a compute capability, ten times its number; n and k multiples of 16."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
@@ -232,9 +280,12 @@ def compiled(cut: Cut, format: str, m: int, capability: int = 90) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     planned = packed.plan(cut, m, 4096, 4096, format, False, overlap=True, plain=False, multiprocessors=132)
+    if experts:
+        planned = packed.plan_grouped(cut, experts, 4096, 4096, format, False, plain=False)
     evenly = cut.kernel == "overlapped"
     kernel = getattr(kernels("packed_hopper_kernels" if evenly else "packed_kernels"), cut.kernel)
-    constants = {**planned.constants, **dict.fromkeys(("bias_ptr", "a_ts_ptr", "b_ts_ptr"))}
+    absent = ["bias_ptr", "a_ts_ptr", "b_ts_ptr", *(["ends_ptr"] if cut.kernel == "few_tokens" and not experts else [])]
+    constants = {**planned.constants, **dict.fromkeys(absent)}
     words = evenly or FORMATS[format].scale_dtype == torch.int32 or constants["UNIT"] > constants["BLOCK"]
     pointers = {**_POINTERS, "scales_ptr": "*i32" if words else "*u8"}
     tokens = f"tensordesc<bf16[{cut.tokens}, {cut.k}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
@@ -242,7 +293,7 @@ def compiled(cut: Cut, format: str, m: int, capability: int = 90) -> Any:
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     aligned = (*pointers, "N", "K", "x_stride", "units", "words", "scale_words")
     # Of `overlapped` `units` are of a tile, and few.
-    divisible = [n for n in aligned if n in kernel.arg_names and not (evenly and n == "units")]
+    divisible = [n for n in aligned if n in signature and not (evenly and n == "units")]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     fixed = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
     source = (GluonASTSource if evenly else ASTSource)(kernel, signature, fixed, attributes)
@@ -261,6 +312,15 @@ def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str
     # Nothing computed is put into shared memory, where another thread could read it.
     assert "ttg.local_alloc %" not in loop
     assert "ttg.local_store" not in loop
+    assert "ttg.convert_layout" not in loop
+
+
+@needs_triton
+@pytest.mark.parametrize("format", NAMES)
+def test_groups_take_no_exchange_either(format: str) -> None:
+    _, cut = packed.cuts(8, 4096, format, on_hopper=False)[0]
+    loop = compiled(cut, format, 8, experts=6).asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    assert "ttg.local_alloc %" not in loop
     assert "ttg.convert_layout" not in loop
 
 
@@ -490,6 +550,34 @@ def test_counts_are_shared_by_the_launches_of_a_stream_alone() -> None:
     assert counts.of(1, counts.SIZE, True) is None
 
 
+@pytest.mark.parametrize("size", [8, 16])
+def test_groups_never_take_more_tiles_than_there_are_programs(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for experts in (1, 3, 8):
+        for tokens in (1, 7, 8, 40):
+            most = packed._most_tiles(tokens, experts, size)
+            for _ in range(20):
+                cuts = torch.randint(0, tokens + 1, (experts - 1,), generator=generator).sort().values.tolist()
+                sizes = [b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True)]
+                assert sum(-(-n // size) for n in sizes) <= most
+    assert packed._most_tiles(8, 9, size) == 8
+    assert packed._most_tiles(2 * size + 2, 2, size) == 4  # twice size + 1
+
+
+def test_what_groups_are_declined() -> None:
+    samples = [s for s in OPS["grouped_mm_packed"].samples() if s["a"].dtype == torch.bfloat16]
+    good = {"a_tensor_scale": None, **samples[0]}
+    assert packed.operands_of_groups(good) is None
+    for change, why in (
+        ({"a": good["a"].float()}, "bf16"),
+        ({"b": good["b"][0]}, "no stack"),
+        ({"b_scales": good["b_scales"][:, 1:]}, "do not hold the blocks"),
+        ({"ends": good["ends"][1:]}, "groups of tokens"),
+        ({"b_tensor_scale": torch.ones(2)}, "one fp32 number"),
+    ):
+        assert why in (packed.operands_of_groups({**good, **change}) or "")
+
+
 # --- what it supports ------------------------------------------------------------------------------------------------
 
 
@@ -678,6 +766,43 @@ class TestOnGpu:
                     graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(y, expected) for each in results for y in each)
+
+    @pytest.mark.parametrize("format", NAMES)
+    def test_groups(self, format: str) -> None:
+        options = {"scaled": True} if FORMATS[format].has_tensor_scale else {}
+        given, ends = grouped_call(format, 528, 4096, **options)
+        on_gpu = moved(given)
+        for cut in SMALL[:3]:
+            got = multiplied_in_groups(on_gpu, ends.cuda(), cut, plain=False, dtype=torch.bfloat16)
+            assert_each_group_has_its_weight(got, given, ends)
+
+    def test_every_sample_of_groups(self) -> None:
+        for sample in OPS["grouped_mm_packed"].samples():
+            got = OPS["grouped_mm_packed"].overload(**moved(dict(sample))).cpu()
+            expected = OPS["grouped_mm_packed"].reference(**sample)
+            # A tensor scale behind torch's grouped GEMM is a second rounding.
+            rtol = 2**-7 if expected.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got, expected, rtol=2 * rtol, atol=1e-3)
+
+    def test_captured_groups_follow_their_ends(self) -> None:
+        given, ends = grouped_call("hif4", 160, 1024)
+        on_gpu, on_device = moved(given), ends.cuda()
+        codes, scales = (on_gpu[n].view(6, 160, -1) for n in ("b", "b_scales"))
+
+        def run() -> Tensor:
+            return packed.grouped_mm(on_gpu["a"], codes, scales, on_device, "hif4", 1024, False, None, None)
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+        for sizes in ((25, 0, 0, 0, 0, 0), (0, 2, 9, 0, 14, 0), GROUPS[0]):
+            other = torch.tensor(sizes).cumsum(0).to(torch.int32)
+            on_device.copy_(other)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_each_group_has_its_weight(y, given, other)
 
     def test_a_tuned_cut_is_used(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp4compile.backends.triton import grouped
 from fp4compile.ops import OPS
-from tests.gpu import needs_gpu
+from tests.backends.test_triton_kernels import compiled, meta
+from tests.gpu import interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 SAMPLES = [s for s in OPS["grouped_mm"].samples() if s["a"].dtype == torch.bfloat16]
@@ -26,12 +28,59 @@ def assert_close(got: Tensor, sample: Mapping[str, Any]) -> None:
     torch.testing.assert_close(got.float().cpu(), exact, rtol=1.01 * ROUNDINGS, atol=1e-5)
 
 
+def finish(
+    out: Tensor, ends: Tensor, axis: int | None, a_tensor_scale: Tensor | None, b_tensor_scale: Tensor | None
+) -> None:
+    """What the kernel does, in torch."""
+    scales = [scale for scale in (a_tensor_scale, b_tensor_scale) if scale is not None]
+    out.copy_(out.float() * math.prod(scales))
+    if axis is not None:
+        out.narrow(axis, int(ends[-1]), out.shape[axis] - int(ends[-1])).zero_()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "finish", finish)
+
+
+def interpret(every: int) -> None:
+    """The kernel in Triton's interpreter, in fp32, as it cuts bf16; on matrices and stacks whose rows lie apart."""
+    ends, scale = torch.tensor([3, 30], dtype=torch.int32), torch.tensor(0.37)
+    for shape, axis in (((40, 20), 0), ((6, 1040), 1), ((2, 5, 40), None)):
+        for scales in ((None, None), (scale, None), (scale, scale * 3), (None, scale)):
+            padded = randn(*shape[:-1], shape[-1] + 4)
+            got, expected = padded.clone()[..., :-4], padded.clone()[..., :-4]
+            for x in (got, expected):
+                if axis is not None:
+                    x.narrow(axis, 30, shape[axis] - 30).fill_(float("nan"))
+            grouped.finish(got, ends, axis, *scales)
+            finish(expected, ends, axis, *scales)
+            assert torch.equal(got, expected)
+
+
+@needs_triton
+def test_the_interpreter_finishes_as_torch_does() -> None:
+    interpret_apart(__name__, 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_finishes_compiles_for_sm_90(axis: int | None, scaled: bool) -> None:
+    scales = dict.fromkeys(("a_ts_ptr", "b_ts_ptr"), meta(dtype=torch.float32) if scaled else None)
+    given = {"out_ptr": meta(4096, 2048), "ends_ptr": meta(8, dtype=torch.int32), **scales}
+    ptx = compiled(grouped._plan(4096, 2048, 2048, 8, axis), given)
+    assert ("ld.global.v4" in ptx) == scaled  # 16 bytes a thread
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_values_are_the_ops_to_two_roundings() -> None:
     for sample in SAMPLES:
         assert grouped.operands(sample) is None
         assert_close(grouped.grouped_mm(**sample), sample)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_what_torch_leaves_unwritten_is_zero() -> None:
     a, b, ends = randn(40, 24).bfloat16(), randn(2, 24, 16).bfloat16(), torch.tensor([3, 30], dtype=torch.int32)
     written = torch._grouped_mm

@@ -1,0 +1,161 @@
+"""Multiply the tokens of experts with their weights as FP8 with one scale per row, where a kernel does so.
+
+    _grouped_mm(fake_quantize(%x, 'mxfp4', 1), permute(fake_quantize(%w, 'mxfp4', 2), [0, 2, 1]), %ends)
+    ->
+    %rows = view(%w, [experts * n, k])
+    %x8, %x_scale, %x_exponents, %x_flags = quantize_rowwise(%x, 'mxfp4', 1)
+    %w8, %w_scale, %w_exponents, %w_flags = quantize_rowwise(%rows, 'mxfp4', 1)
+    grouped_mm_rowwise(%x8, %x_scale, ..., %w8, %w_scale, ..., %ends, dtype)
+
+A stack [experts, k, n] that contracts over its middle axis is the matrix [experts * k, n], quantised along axis 0: each
+of its rows has a part for every expert, and one scale for all of them. No block of it may hold values of two experts.
+
+torch's grouped GEMM takes E4M3 alone. Gradients span more: along the tokens nearly every row of a wgrad would be
+computed again, along the features so many of a dgrad's that on an H100 it cost more than it saved. Where experts have
+few tokens, torch's GEMM in BF16 is the faster one (benchmarks/NOTES.md). So it is the forward of many tokens that
+becomes FP8; the options say otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fp4compile import rowwise
+from fp4compile.formats import FORMATS
+from fp4compile.graph import Site, dims, size_hint
+from fp4compile.ops import OPS
+from fp4compile.pipeline import Context
+from fp4compile.recipe import Role
+from fp4compile.rewrite import arguments, call, fake_quantized, through_permute
+
+aten = torch.ops.aten
+FAKE, QUANTIZE, MM = (OPS[name].overload for name in ("fake_quantize", "quantize_rowwise", "grouped_mm_rowwise"))
+_PARTS = 4  # values, scale, exponents, flags
+
+
+def _refusal(fake: Node | None) -> str | None:
+    """Why an operand cannot be FP8 in rows, or None."""
+    if fake is None:
+        return "an operand is not quantised along the contraction axis"
+    given = arguments(fake)
+    reason = rowwise.refusal(FORMATS[given["format"]])
+    if reason is None and given["block_2d"]:
+        reason = "2-D blocks"
+    if reason is None and not set(fake.kwargs) <= set(OPS["quantize_rowwise"].signature.parameters):
+        reason = "an operand has a tensor scale"
+    return reason if reason is not None or dims(fake) == 2 else _no_matrix(fake)
+
+
+def _no_matrix(fake: Node) -> str | None:
+    """Why a stack of weights is no matrix of rows, or None."""
+    x, given = cast(Node, fake.args[0]).meta["val"], arguments(fake)
+    if not x.is_contiguous():
+        return "the stack of weights is not contiguous"
+    whole = math.lcm(FORMATS[given["format"]].block, given["hadamard"] or 1)
+    if given["axis"] % 3 == 1 and x.shape[1] % whole != 0:
+        return f"the {x.shape[1]} rows of each matrix are no whole blocks of {whole}"
+    return None
+
+
+def _stack(operand: Node) -> Node | None:
+    """The fake quantisation along the contraction axis of a stack of weights, below one transposition."""
+    inner, axis, _ = through_permute(operand, 1)
+    if inner.target is not FAKE or dims(inner) != 3 or axis == 0:
+        return None
+    return inner if arguments(inner)["axis"] % 3 == axis else None
+
+
+@dataclass
+class _Rewriter:
+    """The rewrite of one graph; `made` holds the four parts of each operand that was quantised anew."""
+
+    graph: Graph
+    context: Context
+    least_tokens: int
+    made: dict[Node, list[Node]] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def gemm(self, site: Site) -> bool:
+        """Rewrite one GEMM, unless an operand or the backend's kernels object."""
+        node = site.node
+        tokens, weights, ends = cast(tuple[Node, Node, Node], node.args[:3])
+        operands = fake_quantized(tokens, 1), _stack(weights)
+        each = size_hint(tokens.meta["val"].shape[0]) // size_hint(weights.meta["val"].shape[0])
+        if each < self.least_tokens:
+            return self._refuse(f"fewer than {self.least_tokens} tokens an expert")
+        reason = next(filter(None, map(_refusal, operands)), None)
+        if reason is not None:
+            return self._refuse(reason)
+        parts = [self._operand(fake) for fake in operands if fake is not None]
+        with self.graph.inserting_before(node):
+            gemm = call(self.graph, MM, (*parts[0], *parts[1], ends, node.meta["val"].dtype), node)
+        for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
+            if not self.context.has_kernel(made):
+                self.graph.erase_node(gemm)
+                return self._refuse("; ".join(self.context.kernel(made)[1]))
+        site.replace(gemm, b=_PARTS)
+        site.axes = dict.fromkeys(site.axes, -1)
+        return True
+
+    def _refuse(self, reason: str) -> bool:
+        self.refused[reason] += 1
+        return False
+
+    def _operand(self, fake: Node) -> list[Node]:
+        if fake not in self.made:
+            x, format, axis, *others = fake.args
+            with self.graph.inserting_before(fake):
+                if dims(fake) == 3:
+                    stack = cast(Node, x)
+                    experts, rows, columns = stack.meta["val"].shape
+                    x = call(self.graph, aten.view.default, (stack, [experts * rows, columns]), stack)
+                    axis = cast(int, axis) % 3 - 1
+                quantized = call(self.graph, QUANTIZE, (x, format, axis, *others), fake, **fake.kwargs)
+                self.made[fake] = [call(self.graph, operator.getitem, (quantized, i), fake) for i in range(_PARTS)]
+        return self.made[fake]
+
+
+def _is_of_tokens_and_weights(site: Site) -> bool:
+    """Whether a GEMM multiplies rows of tokens with a stack of weights, both in formats that FP8 may hold."""
+    formats = [spec.format for spec in site.specs.values() if spec]
+    if site.node.target is not aten._grouped_mm.default or len(formats) != len(site.arguments) or site.node.kwargs:
+        return False
+    held = all(rowwise.refusal(FORMATS[name]) is None for name in formats)
+    return held and [dims(cast(Node, operand)) for operand in site.node.args[:2]] == [2, 3]
+
+
+@dataclass(frozen=True)
+class RescaleGroups:
+    """Replace GEMMs of tokens and experts by row-wise scaled FP8 GEMMs of the same values.
+
+    Attributes:
+        roles: of the GEMMs that are replaced: "forward", "dgrad".
+        least_tokens: of an expert on average, as the graph was traced.
+    """
+
+    roles: tuple[Role, ...] = ("forward",)
+    least_tokens: int = 1024
+
+    name: ClassVar[str] = "rescale_groups"
+    needs: ClassVar[tuple[str, ...]] = ("fused",)
+    gives: ClassVar[tuple[str, ...]] = ("in_groups",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        kernels = {kernel.op for kernel in context.backend.kernels if kernel.device == context.device}
+        if "grouped_mm_rowwise" not in kernels:
+            return 0
+        rewriter = _Rewriter(graph_module.graph, context, self.least_tokens)
+        of_roles = (site for site in context.sites if site.status == "fp4" and site.role in self.roles)
+        wanted = list(filter(_is_of_tokens_and_weights, of_roles))
+        done = sum(map(rewriter.gemm, wanted))
+        graph_module.graph.eliminate_dead_code()
+        notes = [f"{count} FP4 GEMMs of experts stay off FP8: {reason}" for reason, count in rewriter.refused.items()]
+        context.notes += notes
+        return done
