@@ -73,7 +73,7 @@ def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 def _unfilled(cls: type) -> Any:
     """A module of the class made from `cls`, without its state."""
-    packed = _class(cls)
+    packed: Any = _class(cls)
     return packed.__new__(packed)
 
 
