@@ -103,7 +103,9 @@ def meta_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     """
     with torch.device("meta"):
         model: Any = cls._from_config(deepcopy(config), dtype=dtype)
-    model.config.get_text_config().use_cache = False
+    for module in model.modules():  # a part of a model may have a configuration of its own
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     if experts.found_in(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         model.set_experts_implementation("grouped_mm")
     made: nn.Module = model.eval()
