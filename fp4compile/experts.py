@@ -66,12 +66,22 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     return in_order.unflatten(0, (-1, chosen)).sum(1).to(hidden_states.dtype)
 
 
+def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """What pickle keeps: the class that was packed, for its own is found under no name, and the module's state."""
+    return _unfilled, (type(self).__base__,), self.__dict__
+
+
+def _unfilled(cls: type) -> Any:
+    """A module of the class made from `cls`, without its state."""
+    packed: Any = _class(cls)
+    return packed.__new__(packed)
+
+
 @cache
 def _class(cls: type) -> type:
     """The class of experts that may be packed, made from that of others."""
-    return type(
-        f"Packed{cls.__name__}", (cls,), {"forward": _forward, "__module__": __name__, "__doc__": _forward.__doc__}
-    )
+    own = {"forward": _forward, "__reduce_ex__": _reduced, "__module__": __name__, "__doc__": _forward.__doc__}
+    return type(f"Packed{cls.__name__}", (cls,), own)
 
 
 def pack(module: nn.Module, name: str, packed: PackedWeight) -> PackedStack:

@@ -98,10 +98,14 @@ def class_of(config: Any, folder: Path) -> type:
 def meta_model(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     """The model without storage, in eval mode: enough to capture its graph and list its tensors.
 
-    Experts run as one grouped GEMM: a loop over those that tokens were routed to is no graph.
+    Experts run as one grouped GEMM: a loop over those that tokens were routed to is no graph. No cache is filled: no
+    GEMM depends on one, and not every `forward` has an argument that says so.
     """
     with torch.device("meta"):
         model: Any = cls._from_config(deepcopy(config), dtype=dtype)
+    for module in model.modules():  # a part of a model may have a configuration of its own
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     if experts.found_in(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         model.set_experts_implementation("grouped_mm")
     made: nn.Module = model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ _SIZES = {"hidden_size": 64, "vocab_size": 96, "num_attention_heads": 4, "num_hi
 _HEADS = {**_SIZES, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": 1}
 _LATENT = {f"{name}_head_dim": 16 for name in ("qk_rope", "qk_nope", "v")} | {"q_lora_rank": 32, "kv_lora_rank": 32}
 # Each with what the others lack: parts side by side, a router of its own, biases and stacks [experts, in, out] under a
-# clamped gate, shared experts.
+# clamped gate, shared experts, a forward without `use_cache`.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {**_HEADS, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 12}),
     "mixtral": ("Mixtral", {**_HEADS, "intermediate_size": 96, "num_local_experts": 4}),
@@ -42,6 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
         },
     ),
+    "granitemoe": ("GraniteMoe", {**_HEADS, "intermediate_size": 32, "num_local_experts": 4}),
 }  # fmt: skip
 TRAITS = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in ("qwen3_moe", "gpt_oss")]
 
@@ -110,6 +112,7 @@ def test_activations_are_quantised_where_the_recipe_says_so(converted: Any, name
     assert (got - expected).norm() < 1e-3 * expected.norm() < (weights_only - expected).norm()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_one_state_one_generation(converted: Any) -> None:
     loaded = fp4compile.load(converted("qwen3_moe", "hif4-w4a16").path)
@@ -137,6 +140,15 @@ def test_gradients_go_through_packed_experts(converted: Any) -> None:
         assert embedded.grad is not None
         found.append(embedded.grad)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_packed_experts_are_copied_and_pickled(converted: Any) -> None:
+    loaded = fp4compile.load(converted("qwen3_moe", "hif4-w4a16").path)
+    expected = loaded(tokens()).logits
+    for made in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert type(made.model.layers[0].mlp.experts) is type(loaded.model.layers[0].mlp.experts)
+        assert torch.equal(made(tokens()).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,6 +184,7 @@ def test_experts_that_a_checkpoint_holds_one_by_one_are_stacked(converted: Any, 
     assert json.loads((made.path / "fp4compile.json").read_text())["extra"] == []
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_not_whole_is_named(tmp_path: Path) -> None:
     model("qwen3_moe").save_pretrained(tmp_path / "source")
     source = written(tmp_path / "source")
@@ -206,6 +219,7 @@ def test_parts_of_a_stack() -> None:
 # --- sizes, and the command ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bytes_and_commands_end_to_end(tmp_path: Path) -> None:
     config = {**MODELS["qwen3_moe"][1], "moe_intermediate_size": 64}  # whole blocks of 64
     torch.manual_seed(0)
@@ -286,6 +300,7 @@ def test_rows_that_no_layer_runs(shape: list[int], axis: int) -> None:
         PackedWeight.from_dict({**data, "shape": shape, "axis": axis})
 
 
+@pytest.mark.slow
 def test_experts_kept_by_name_stay_dense(tmp_path: Path) -> None:
     keep = ["model.layers.*.mlp.experts"]
     made = fp4compile.convert(model("qwen3_moe"), "hif4-w4a16", out=tmp_path / "out", keep=keep)

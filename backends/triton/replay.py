@@ -51,7 +51,11 @@ class _Step:
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.view(dtype)
+    """The same memory seen as another dtype; a copy where x begins at no whole element of it."""
+    if x.dtype == dtype:
+        return x
+    begins_whole = x.storage_offset() * x.itemsize % dtype.itemsize == 0
+    return (x if begins_whole else x.clone()).view(dtype)
 
 
 class Replay:

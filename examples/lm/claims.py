@@ -106,13 +106,16 @@ def read_study(folder: Path) -> Study:
     """Every result below a folder; results of one model that cannot be compared are an error."""
     study, settings = Study(), {}
     for path in sorted(folder.rglob("*.json")):
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except ValueError as error:
+            raise BadInput(f"{path} is no whole JSON file: {error}") from error
         if not isinstance(result, dict) or result.get("kind") not in ("train", "probe"):
             continue  # the tokenizer, for one
-        kind, model, seed = (result[key] for key in ("kind", "model", "seed"))
-        first, theirs = settings.setdefault((kind, model), (path, result["settings"]))
-        if theirs != result["settings"]:
-            changed = [key for key in theirs if theirs[key] != result["settings"].get(key)]
+        kind, model, seed, ours = (result[key] for key in ("kind", "model", "seed", "settings"))
+        first, theirs = settings.setdefault((kind, model), (path, ours))
+        if theirs != ours:
+            changed = [key for key in {**theirs, **ours} if key not in theirs or theirs[key] != ours.get(key)]
             raise BadInput(f"{path} and {first} cannot be compared: {', '.join(changed)} differ")
         study.commands.add(result["command"])
         if kind == "train":

@@ -27,12 +27,23 @@ def coloured(arms: Iterable[str]) -> list[tuple[str, str]]:
     return [(arm, own[arm] if arm in own else next(others)) for arm in arms]
 
 
+def with_curves(study: Study, model: str) -> list[str]:
+    """Arms that have a curve: no ablations."""
+    return [arm for arm in study.arms(model) if "+" not in arm and "@" not in arm]
+
+
+def with_panels(study: Study, model: str) -> list[str]:
+    """Probed arms that have panels in the heat map: the recipes."""
+    known = set(probed(study.probes.get(model, {})))
+    return [arm for arm in MAIN[1:] if arm in known]
+
+
 def curves_figure(study: Study, model: str) -> bytes:
     """Loss curves left, their gap to BF16 right, with a band of its spread over the seeds; means over 5% of the steps.
 
     Both are of the seeds that every arm has, if there are any.
     """
-    arms = [arm for arm in study.arms(model) if "+" not in arm and "@" not in arm]
+    arms = with_curves(study, model)
     runs = {arm: study.runs[model, arm] for arm in arms}
     seeds = set.intersection(*map(set, runs.values())) or set.union(*map(set, runs.values()))
     settings = next(iter(runs[arms[0]].values()))["settings"]
@@ -77,9 +88,8 @@ def _finite(losses: list[float | None]) -> list[float]:
 
 def heat_map(study: Study, model: str) -> bytes:
     """Cosines of the gradients by kind of layer, block and GEMM: a row of panels per recipe, a column per GEMM."""
-    results = study.probes[model]
+    results, formats = study.probes[model], with_panels(study, model)
     known = set(probed(results))
-    formats = [arm for arm in MAIN[1:] if arm in known]
     roles = [role for role in _ROLES if any(arm + role in known for arm in formats)]
     cells = {arm + role: _grid(place_means(results, arm + role)) for arm in formats for role in roles}
     kinds = list(dict.fromkeys(row for grid in cells.values() for row, _ in grid))

@@ -11,7 +11,7 @@ from typing import Any
 
 from fp4compile.files import write_atomically
 from lm.claims import SEEDS, TAIL, TIMES, Study
-from lm.figures import curves_figure, heat_map
+from lm.figures import curves_figure, heat_map, with_curves, with_panels
 from lm.findings import findings
 from lm.tables import (
     Table,
@@ -84,11 +84,9 @@ def sections(study: Study) -> list[tuple[str, Any]]:
         found += [("h2", f"Model: {model}"), ("list", conditions(study, model)), ("list", findings(study, model))]
         found += [("table", claimed)] if len(claimed) > 1 else []
         if study.arms(model):
-            found += [
-                ("table", loss_table(study, model)),
-                ("table", seed_table(study, model)),
-                ("figure", (f"curves-{model}", curves_figure(study, model))),
-            ]
+            found += [("table", loss_table(study, model)), ("table", seed_table(study, model))]
+        if with_curves(study, model):
+            found += [("figure", (f"curves-{model}", curves_figure(study, model)))]
         ablations = ablation_table(study, model)
         if len(ablations) > 1:
             found += [("h2", f"Ablations: {model}"), ("table", ablations)]
@@ -97,7 +95,9 @@ def sections(study: Study) -> list[tuple[str, Any]]:
             ablations = probe_ablation_table(study, model)
             found += [("table", ablations)] if len(ablations) > 1 else []
             if len(kinds := kind_table(study, model)) > 1:
-                found += [("table", kinds), ("figure", (f"probe-{model}", heat_map(study, model)))]
+                found += [("table", kinds)]
+            if with_panels(study, model):
+                found += [("figure", (f"probe-{model}", heat_map(study, model)))]
     found += [("h2", "Commands"), ("list", [f"`{command}`" for command in sorted(study.commands)])]
     return found
 

@@ -115,6 +115,18 @@ def test_other_alignments_are_compiled_apart(kernels: tuple[Kernel, Kernel]) -> 
     assert len(second.started) == 3
 
 
+def test_words_of_what_begins_between_two_words_are_copied(kernels: tuple[Kernel, Kernel]) -> None:
+    """A slice of bytes may begin anywhere; a kernel that reads words of it may not."""
+
+    def of_words(codes: Tensor) -> tuple[Launches, Tensor]:
+        y = codes.new_empty(codes.shape)
+        return [(SECOND, {"partial_ptr": None, "words_ptr": codes.view(torch.int32), "y_ptr": y})], y
+
+    codes = torch.arange(65, dtype=torch.uint8)[1:]
+    Replay(of_words, {"codes": codes})(codes)
+    assert torch.equal(kernels[1].compiled[0]["words_ptr"].view(torch.uint8), codes)
+
+
 def test_another_current_device_is_changed_for_the_launch(
     kernels: tuple[Kernel, Kernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

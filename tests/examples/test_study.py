@@ -503,6 +503,20 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "results",
+    [
+        [result("hif4-plain+sr", 0, 2.0)],
+        [probe_result(0, {"hif4-plain": 0.01, "hif4-plain:wgrad": 0.0})],
+        [probe_result(0, {"hif4:wgrad": 0.01})],
+    ],
+    ids=["ablations alone", "plain formats alone", "one role alone"],
+)
+def test_a_report_of_what_no_figure_shows(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    made = write_results(tmp_path / "results", results)
+    assert {path.name for path in report.write_report(made, tmp_path)} == {"report.md", "report.html"}
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(0.01234, "+1.23%"), (-1e-9, "0.00%"), (-0.002, "-0.20%"), (math.nan, "–")]
 )
 def test_percent(value: float, text: str) -> None:
@@ -524,6 +538,15 @@ def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
     other["settings"] = other["settings"] | {"lr": 1.0}
     with pytest.raises(BadInput, match="cannot be compared: lr differ"):
         write_results(tmp_path, [result("bf16", 0, 2.0), other])
+    other["settings"] = result("bf16", 0, 2.0)["settings"] | {"added": True}
+    with pytest.raises(BadInput, match="cannot be compared: added differ"):
+        write_results(tmp_path, [result("bf16", 0, 2.0), other])
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dense-hif4-s0.json").write_text('{"kind": "train", "mod')
+    with pytest.raises(BadInput, match=r"dense-hif4-s0\.json is no whole JSON file"):
+        claims.read_study(tmp_path)
 
 
 def test_the_report(tmp_path: Path) -> None:
