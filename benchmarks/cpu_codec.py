@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fp4compile.backend import install_kernels
+from fp4compile.dispatch import install_kernels
 from fp4compile.formats import FORMATS
 
 Run = Callable[[Tensor], Tensor]

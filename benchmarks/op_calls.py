@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from fp4compile.backend import Backend, Place, Yes, install_kernels, installed, register_backend
+from fp4compile.backend import Backend, Yes, register_backend
 from fp4compile.backends import triton
 from fp4compile.backends.triton import launch
+from fp4compile.dispatch import Place, install_kernels, installed
 from fp4compile.ops import OPS
 
 EDGE = 128

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4compile.backend import install_kernels
+from fp4compile.dispatch import install_kernels
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.hadamard import signs
 from fp4compile.recipe import Operand

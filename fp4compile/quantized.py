@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4compile import backend
+from fp4compile import dispatch
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.formats import FORMATS, Format
 
@@ -106,7 +106,7 @@ def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
 
 @torch.compiler.assume_constant_result  # Dynamo runs it while it traces; it cannot trace a registration
 def _install_kernels() -> None:
-    backend.install_kernels()
+    dispatch.install_kernels()
 
 
 def quantize(

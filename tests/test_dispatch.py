@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile import backend
-from fp4compile.backend import Answer, Dispatch, Kernel, No, Place, Yes, installed
+from fp4compile.backend import Answer, Kernel, No, Yes
+from fp4compile.dispatch import _INSTALLED, Dispatch, Place, installed
 from tests.helpers import randn
 
 
@@ -114,7 +114,7 @@ def test_kernels_that_come_later_come_first() -> None:
 
 
 def test_shapes_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_MOST_BOUND", 3)
+    monkeypatch.setattr("fp4compile.dispatch._MOST_BOUND", 3)
     recorded = Recorded(2.0)
     op = dispatch(recorded.kernel())
     for rows in range(1, 9):
@@ -125,7 +125,7 @@ def test_shapes_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_place_finds_its_kernel_with_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded, x = Recorded(2.0), randn(2, 64)
-    monkeypatch.setitem(backend._INSTALLED, ("quantize_backward", "cpu"), dispatch(recorded.kernel()))
+    monkeypatch.setitem(_INSTALLED, ("quantize_backward", "cpu"), dispatch(recorded.kernel()))
     place, full = Place("quantize_backward", "cpu"), (None, "hif4", 1, None, False, None, 0, None, False)
     for _ in range(3):
         assert torch.equal(place.run(x, *full), 2.0 * x)

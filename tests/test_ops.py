@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fp4compile.backend import install_kernels
+from fp4compile.dispatch import install_kernels
 from fp4compile.errors import FP4ValueError
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS

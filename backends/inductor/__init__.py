@@ -16,10 +16,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from fp4compile.aot import decompositions
-from fp4compile.backend import Backend, Rewrite, install_kernels
+from fp4compile.backend import Backend, Rewrite
 from fp4compile.backends import triton
 from fp4compile.backends.inductor import cpu
 from fp4compile.backends.inductor.direct import write_direct_calls
+from fp4compile.dispatch import install_kernels
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
 
 

@@ -30,7 +30,7 @@ from torch._inductor.virtualized import V
 from fp4compile.ops import OPS, Op
 
 # The code may come back from Inductor's cache in another process: it names what every process can import.
-_IMPORT = "from fp4compile.backend import Place as fp4compile_Place, installed as fp4compile_installed"
+_IMPORT = "from fp4compile.dispatch import Place as fp4compile_Place, installed as fp4compile_installed"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from benchmarks.cpu_codec import PEERS
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet, absent, middle
 from benchmarks.gpu.timing import compare, host_microseconds
-from fp4compile.backend import install_kernels
+from fp4compile.dispatch import install_kernels
 from fp4compile.formats import FORMATS
 from fp4compile.recipe import RECIPES, Operand
 

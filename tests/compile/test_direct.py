@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from fp4compile.backend import install_kernels
 from fp4compile.backends.inductor.direct import write_direct_calls
+from fp4compile.dispatch import install_kernels
 from tests.gpu import ROOT
 from tests.helpers import randn
 
@@ -100,7 +100,7 @@ import json, torch
 from torch._dynamo.utils import counters
 from tests.compile.test_direct import function
 from tests.helpers import randn
-from fp4compile.backend import install_kernels
+from fp4compile.dispatch import install_kernels
 {prepare}
 with torch.no_grad():
     got = torch.compile(function)(randn(24, 64))

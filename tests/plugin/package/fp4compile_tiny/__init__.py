@@ -11,7 +11,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from fp4compile.aot import decompositions
-from fp4compile.backend import Answer, Backend, Kernel, No, Rewrite, Yes, install_kernels
+from fp4compile.backend import Answer, Backend, Kernel, No, Rewrite, Yes
+from fp4compile.dispatch import install_kernels
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 
