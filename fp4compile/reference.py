@@ -423,20 +423,12 @@ def mm_rowwise(
     return (out if bias is None else out + bias.to(torch.float32)).to(dtype)
 
 
-def mm_rowwise_fake(
-    a: Tensor,
-    a_scale: Tensor,
-    a_exponents: Tensor,
-    a_flags: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_exponents: Tensor,
-    b_flags: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-) -> Tensor:
+def mm_rowwise_fake(*args: Any, **kwargs: Any) -> Tensor:
     """The shape rule of `mm_rowwise`."""
-    return a.new_empty([a.shape[0], b.shape[0]], dtype=dtype)
+    given = _given(mm_rowwise, args, kwargs)
+    a, b = given["a"], given["b"]
+    made: Tensor = a.new_empty([a.shape[0], b.shape[0]], dtype=given["dtype"])
+    return made
 
 
 def grouped_mm_rowwise(
@@ -466,17 +458,10 @@ def grouped_mm_rowwise(
     return grouped.grouped_mm(left, rowwise.stacked(right, a.shape[1], len(ends)), ends).to(dtype)
 
 
-def grouped_mm_rowwise_fake(
-    a: Tensor,
-    a_scale: Tensor,
-    a_exponents: Tensor,
-    a_flags: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_exponents: Tensor,
-    b_flags: Tensor,
-    ends: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def grouped_mm_rowwise_fake(*args: Any, **kwargs: Any) -> Tensor:
     """The shape rule of `grouped_mm_rowwise`."""
-    return a.new_empty([a.shape[0], rowwise.stacked(b, a.shape[1], ends.shape[0]).shape[2]], dtype=dtype)
+    given = _given(grouped_mm_rowwise, args, kwargs)
+    a, b, ends = (given[name] for name in ("a", "b", "ends"))
+    columns = rowwise.stacked(b, a.shape[1], ends.shape[0]).shape[2]
+    made: Tensor = a.new_empty([a.shape[0], columns], dtype=given["dtype"])
+    return made

@@ -41,12 +41,11 @@ _PER_AXIS = ("rounding", "scale_rule", "stream", "hadamard")
 _SHARED = ("seed", "sign_seed", "e5m2")
 
 
-def _refusal(fake: Node | None) -> str | None:
-    """Why an operand cannot be FP8 in rows, or None."""
-    if fake is None:
-        return "an operand is not quantised along the contraction axis of a matrix"
-    reason = rowwise.refusal(FORMATS[arguments(fake)["format"]])
-    if reason is None and arguments(fake)["block_2d"]:
+def refusal(fake: Node) -> str | None:
+    """Why what an operand fake-quantises cannot be FP8 in rows, or None."""
+    given = arguments(fake)
+    reason = rowwise.refusal(FORMATS[given["format"]])
+    if reason is None and given["block_2d"]:
         reason = "2-D blocks"
     if reason is None and not set(fake.kwargs) <= set(OPS["quantize_rowwise"].signature.parameters):
         reason = "an operand has a tensor scale"
@@ -54,49 +53,68 @@ def _refusal(fake: Node | None) -> str | None:
 
 
 @dataclass
-class _Rewriter:
-    """The rewrite of one graph; `made` holds the four parts of each operand that was quantised anew."""
+class RowRewriter:
+    """A rewrite of GEMMs of one graph; `made` holds the four parts of each operand that was quantised anew."""
 
     graph: Graph
     context: Context
-    made: dict[tuple[Node, bool], list[Node]] = field(default_factory=dict)
+    made: dict[Any, list[Node]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
+
+    def multiply(self, site: Site, op: Any, parts: Sequence[list[Node]], *others: Any, **options: Any) -> bool:
+        """Put `op` of operands in rows in a site's place, unless the backend's kernels object."""
+        node = site.node
+        with self.graph.inserting_before(node):
+            gemm = call(self.graph, op, (*parts[0], *parts[1], *others, node.meta["val"].dtype), node, **options)
+        for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
+            if not self.context.has_kernel(made):
+                self.graph.erase_node(gemm)
+                return self.refuse("; ".join(self.context.kernel(made)[1]))
+        site.replace(gemm, b=_PARTS)
+        site.axes = dict.fromkeys(site.axes, -1)
+        return True
+
+    def refuse(self, reason: str) -> bool:
+        """Leave a GEMM as it is."""
+        self.refused[reason] += 1
+        return False
+
+    def quantized(self, fake: Node, args: tuple[Any, ...], **options: Any) -> list[Node]:
+        """The four parts of what `fake` quantises, made where it stands."""
+        with self.graph.inserting_before(fake):
+            node = call(self.graph, QUANTIZE, args, fake, **options)
+            return [call(self.graph, operator.getitem, (node, i), fake) for i in range(_PARTS)]
+
+
+def _refusal(fake: Node | None) -> str | None:
+    """Why an operand cannot be FP8 in rows, or None."""
+    return "an operand is not quantised along the contraction axis of a matrix" if fake is None else refusal(fake)
+
+
+class _Rewriter(RowRewriter):
+    """The rewrite of GEMMs of matrices, and of quantisations that read one tensor along both axes."""
 
     def gemm(self, site: Site) -> bool:
         """Rewrite one GEMM, unless an operand or the backend's kernels object."""
         node, op = site.node, GEMM_OPS[site.node.target]
         if node.target not in (aten.mm.default, aten.addmm.default):
-            return self._refuse("a batched or grouped GEMM")
+            return self.refuse("a batched or grouped GEMM")
         operands = [fake_quantized(cast(Node, node.args[i]), axis) for i, axis in ((op.a, 1), (op.b, 0))]
         reason = next(filter(None, map(_refusal, operands)), None)
         if reason is not None:
-            return self._refuse(reason)
+            return self.refuse(reason)
         bias = {"bias": cast(Node, node.args[0])} if node.target is aten.addmm.default else {}
         if node.kwargs or any(added.meta["val"].dim() != 1 for added in bias.values()):
-            return self._refuse("what is added is not one bias per column")
+            return self.refuse("what is added is not one bias per column")
         e5m2 = [site.arguments.get("grad") == position for position in (op.a, op.b)]
         parts = [self._operand(fake, wide) for fake, wide in zip(operands, e5m2, strict=True) if fake is not None]
-        with self.graph.inserting_before(node):
-            gemm = call(self.graph, MM, (*parts[0], *parts[1], node.meta["val"].dtype), node, **bias)
-        for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
-            if not self.context.has_kernel(made):
-                self.graph.erase_node(gemm)
-                return self._refuse("; ".join(self.context.kernel(made)[1]))
-        site.replace(gemm, b=_PARTS)
-        site.axes = dict.fromkeys(site.axes, -1)
-        return True
-
-    def _refuse(self, reason: str) -> bool:
-        self.refused[reason] += 1
-        return False
+        return self.multiply(site, MM, parts, **bias)
 
     def _operand(self, fake: Node, e5m2: bool) -> list[Node]:
         key = fake, e5m2
         if key not in self.made:
             options = {**fake.kwargs, **({"e5m2": True} if e5m2 else {})}
-            with self.graph.inserting_before(fake):
-                quantized = call(self.graph, QUANTIZE, fake.args, fake, **options)
-                self.made[key] = [call(self.graph, operator.getitem, (quantized, i), fake) for i in range(_PARTS)]
+            self.made[key] = self.quantized(fake, fake.args, **options)
         return self.made[key]
 
     def pairs(self) -> int:

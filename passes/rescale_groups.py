@@ -19,38 +19,30 @@ becomes FP8; the options say otherwise.
 from __future__ import annotations
 
 import math
-import operator
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from fp4compile import rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.graph import Site, dims, size_hint
 from fp4compile.ops import OPS
+from fp4compile.passes.rescale import RowRewriter, refusal
 from fp4compile.pipeline import Context
 from fp4compile.recipe import Role
 from fp4compile.rewrite import arguments, call, fake_quantized, through_permute
 
 aten = torch.ops.aten
-FAKE, QUANTIZE, MM = (OPS[name].overload for name in ("fake_quantize", "quantize_rowwise", "grouped_mm_rowwise"))
-_PARTS = 4  # values, scale, exponents, flags
+FAKE, MM = (OPS[name].overload for name in ("fake_quantize", "grouped_mm_rowwise"))
 
 
 def _refusal(fake: Node | None) -> str | None:
     """Why an operand cannot be FP8 in rows, or None."""
     if fake is None:
         return "an operand is not quantised along the contraction axis"
-    given = arguments(fake)
-    reason = rowwise.refusal(FORMATS[given["format"]])
-    if reason is None and given["block_2d"]:
-        reason = "2-D blocks"
-    if reason is None and not set(fake.kwargs) <= set(OPS["quantize_rowwise"].signature.parameters):
-        reason = "an operand has a tensor scale"
-    return reason if reason is not None or dims(fake) == 2 else _no_matrix(fake)
+    return refusal(fake) or (None if dims(fake) == 2 else _no_matrix(fake))
 
 
 def _no_matrix(fake: Node) -> str | None:
@@ -72,53 +64,31 @@ def _stack(operand: Node) -> Node | None:
     return inner if arguments(inner)["axis"] % 3 == axis else None
 
 
-@dataclass
-class _Rewriter:
-    """The rewrite of one graph; `made` holds the four parts of each operand that was quantised anew."""
+class _Rewriter(RowRewriter):
+    """The rewrite of GEMMs of tokens and stacks of weights."""
 
-    graph: Graph
-    context: Context
-    least_tokens: int
-    made: dict[Node, list[Node]] = field(default_factory=dict)
-    refused: Counter[str] = field(default_factory=Counter)
-
-    def gemm(self, site: Site) -> bool:
-        """Rewrite one GEMM, unless an operand or the backend's kernels object."""
-        node = site.node
-        tokens, weights, ends = cast(tuple[Node, Node, Node], node.args[:3])
+    def gemm(self, site: Site, least_tokens: int) -> bool:
+        """Rewrite one GEMM, unless there are too few tokens, or an operand or the backend's kernels object."""
+        tokens, weights, ends = cast(tuple[Node, Node, Node], site.node.args[:3])
         operands = fake_quantized(tokens, 1), _stack(weights)
         each = size_hint(tokens.meta["val"].shape[0]) // size_hint(weights.meta["val"].shape[0])
-        if each < self.least_tokens:
-            return self._refuse(f"fewer than {self.least_tokens} tokens an expert")
+        if each < least_tokens:
+            return self.refuse(f"fewer than {least_tokens} tokens an expert")
         reason = next(filter(None, map(_refusal, operands)), None)
         if reason is not None:
-            return self._refuse(reason)
-        parts = [self._operand(fake) for fake in operands if fake is not None]
-        with self.graph.inserting_before(node):
-            gemm = call(self.graph, MM, (*parts[0], *parts[1], ends, node.meta["val"].dtype), node)
-        for made in (*(cast(Node, values.args[0]) for values, *_ in parts), gemm):
-            if not self.context.has_kernel(made):
-                self.graph.erase_node(gemm)
-                return self._refuse("; ".join(self.context.kernel(made)[1]))
-        site.replace(gemm, b=_PARTS)
-        site.axes = dict.fromkeys(site.axes, -1)
-        return True
-
-    def _refuse(self, reason: str) -> bool:
-        self.refused[reason] += 1
-        return False
+            return self.refuse(reason)
+        return self.multiply(site, MM, [self._operand(fake) for fake in operands if fake is not None], ends)
 
     def _operand(self, fake: Node) -> list[Node]:
         if fake not in self.made:
             x, format, axis, *others = fake.args
-            with self.graph.inserting_before(fake):
-                if dims(fake) == 3:
-                    stack = cast(Node, x)
-                    experts, rows, columns = stack.meta["val"].shape
+            if dims(fake) == 3:
+                stack = cast(Node, x)
+                experts, rows, columns = stack.meta["val"].shape
+                with self.graph.inserting_before(fake):
                     x = call(self.graph, aten.view.default, (stack, [experts * rows, columns]), stack)
-                    axis = cast(int, axis) % 3 - 1
-                quantized = call(self.graph, QUANTIZE, (x, format, axis, *others), fake, **fake.kwargs)
-                self.made[fake] = [call(self.graph, operator.getitem, (quantized, i), fake) for i in range(_PARTS)]
+                axis = cast(int, axis) % 3 - 1
+            self.made[fake] = self.quantized(fake, (x, format, axis, *others), **fake.kwargs)
         return self.made[fake]
 
 
@@ -151,10 +121,10 @@ class RescaleGroups:
         kernels = {kernel.op for kernel in context.backend.kernels if kernel.device == context.device}
         if "grouped_mm_rowwise" not in kernels:
             return 0
-        rewriter = _Rewriter(graph_module.graph, context, self.least_tokens)
+        rewriter = _Rewriter(graph_module.graph, context)
         of_roles = (site for site in context.sites if site.status == "fp4" and site.role in self.roles)
         wanted = list(filter(_is_of_tokens_and_weights, of_roles))
-        done = sum(map(rewriter.gemm, wanted))
+        done = sum(rewriter.gemm(site, self.least_tokens) for site in wanted)
         graph_module.graph.eliminate_dead_code()
         notes = [f"{count} FP4 GEMMs of experts stay off FP8: {reason}" for reason, count in rewriter.refused.items()]
         context.notes += notes

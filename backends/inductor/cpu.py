@@ -490,9 +490,14 @@ def _on_cpu(arguments: Mapping[str, Any]) -> str | None:
     return f"{', '.join(other)} not on the CPU" if other else None
 
 
-def _format_known(arguments: Mapping[str, Any]) -> str | None:
-    known = _known(arguments["format"])
-    return known.reason if isinstance(known, No) else None
+def _format_known(name: str = "format") -> checks.Check:
+    """A check of the argument that names a format."""
+
+    def known(arguments: Mapping[str, Any]) -> str | None:
+        answer = _known(arguments[name])
+        return answer.reason if isinstance(answer, No) else None
+
+    return known
 
 
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
@@ -506,11 +511,6 @@ def _operands(arguments: Mapping[str, Any]) -> str | None:
     if not formats:
         return "no operand is packed"
     return next((known.reason for known in map(_known, formats) if isinstance(known, No)), None)
-
-
-def _format_of_stack(arguments: Mapping[str, Any]) -> str | None:
-    known = _known(arguments["b_format"])
-    return known.reason if isinstance(known, No) else None
 
 
 def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
@@ -530,7 +530,7 @@ def _supports(*required: checks.Check) -> Callable[[Mapping[str, Any]], Answer]:
 
 
 _QUANTIZING = (
-    *(_on_cpu, checks.input, _format_known, checks.scale_rule, checks.scalars),
+    *(_on_cpu, checks.input, _format_known(), checks.scale_rule, checks.scalars),
     *(_transform_size, checks.rounding, checks.square),
 )
 
@@ -539,13 +539,13 @@ KERNELS: tuple[Kernel, ...] = tuple(
     for op, run, required in (
         ("fake_quantize", fake_quantize, (*_QUANTIZING, checks.unproduced)),
         ("quantize", quantize, _QUANTIZING),
-        ("dequantize", dequantize, (_on_cpu, _format_known, checks.scalars, checks.square, checks.packed)),
+        ("dequantize", dequantize, (_on_cpu, _format_known(), checks.scalars, checks.square, checks.packed)),
         (
             *("tensor_scale", tensor_scale),
             (_on_cpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, checks.unproduced),
         ),
         ("hadamard", hadamard, (_on_cpu, checks.input, checks.scalars, _transform_size)),
         ("mm", mm, (_on_cpu, _operands)),
-        ("grouped_mm_packed", grouped_mm_packed, (_on_cpu, _format_of_stack)),
+        ("grouped_mm_packed", grouped_mm_packed, (_on_cpu, _format_known("b_format"))),
     )
 )

@@ -291,12 +291,6 @@ def plan_again(
     return [(launch, {**pointers, "bias_ptr": bias, "out_ptr": out, "counts_ptr": counted})], ()
 
 
-def compute_again(out: Tensor, operands: Mapping[str, Tensor], bias: Tensor | None) -> None:
-    """Run what `plan_again` says."""
-    arguments = {"out": out, "counted": counts(out.device), "bias": bias, **operands}
-    Replay(plan_again, arguments)(*arguments.values())
-
-
 def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
     """The op `mm_rowwise` for calls like this one."""
     operands = {name: value for name, value in arguments.items() if name not in ("dtype", "bias")}

@@ -214,13 +214,14 @@ def probe_ablation_table(study: Study, model: str) -> Table:
     """A row per format and ingredient: what it does to the loss and to the gradients of the same weights."""
     results = study.probes[model]
     rows = [["format", "ingredient", "loss gap", "gradient cosine", "cosine of the mean gradient"]]
+
+    def cosine(errors: Errors) -> str:
+        return f"{1 - statistics.fmean(errors.values()):.4f}"
+
     measures: list[tuple[Callable[[str], Errors], Callable[[Errors], str]]] = [
         (lambda arm: study.probe_errors(model, arm), lambda errors: percent(mean_and_spread(errors.values())[0])),
-        (lambda arm: gradient_errors(results, arm), lambda errors: f"{1 - statistics.fmean(errors.values()):.4f}"),
-        (
-            lambda arm: gradient_errors(results, arm, True),
-            lambda errors: f"{1 - statistics.fmean(errors.values()):.4f}",
-        ),
+        (lambda arm: gradient_errors(results, arm), cosine),
+        (lambda arm: gradient_errors(results, arm, mean=True), cosine),
     ]
     columns = [
         [

@@ -21,6 +21,7 @@ from fp4compile.backend import Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.inductor import BACKEND
 from fp4compile.backends.triton import rowwise
+from fp4compile.backends.triton.replay import Replay
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
@@ -295,7 +296,8 @@ def interpret_exact() -> None:
                 given = operands(quantized(left), quantized(right))
                 expected = OPS["mm_rowwise"].reference(**given, dtype=torch.float32, bias=bias)
                 out = torch.full_like(expected, 99.0)
-                rowwise.compute_again(out, given, bias)
+                arguments = {"out": out, "counted": rowwise.counts(out.device), "bias": bias, **given}
+                Replay(rowwise.plan_again, arguments)(*arguments.values())
                 rows, columns = (given[f"{s}_flags"].bool().repeat_interleave(oracle.FLAGGED) for s in "ab")
                 again = rows[:70, None] | columns[None, :80]
                 torch.testing.assert_close(out, torch.where(again, expected, 99.0), rtol=1e-5, atol=1e-3)
