@@ -105,6 +105,16 @@ _ROWS = (
         samples.fake_quantize_both,
     ),
     Op(
+        # Of every tensor that the producer makes, two or three; lists give an option per tensor.
+        "fake_quantize_each",
+        "(Tensor x, str format, int axis, str[] rounding, int[] stream, str? scale_rule=None, int hadamard=0, "
+        "Tensor? tensor_scale_0=None, Tensor? tensor_scale_1=None, Tensor? tensor_scale_2=None, Tensor? seed=None, "
+        f"Tensor? sign_seed=None, bool fold=True, {_PRODUCER_ARGS}) -> Tensor[]",
+        reference.fake_quantize_each,
+        reference.fake_quantize_each_fake,
+        samples.fake_quantize_each,
+    ),
+    Op(
         # Clips where the forward has clipped `original` (None: nowhere), then undoes the forward's transform.
         "quantize_backward",
         "(Tensor grad, Tensor? original, str format, int axis, str? scale_rule=None, bool block_2d=False, "

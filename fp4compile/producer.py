@@ -6,7 +6,8 @@
 
 The head names the layout of each operand against the result [M, K]: `full` [M, K], `row` [M, 1], `column` [1, K],
 `scalar` [1, 1]. Every step computes in fp32 and rounds once to the dtype that it names, as eager torch does on fp32,
-bf16 and fp16; the last step is the result.
+bf16 and fp16; the last step is the result. A producer of several tensors, all of one dtype, names the steps that make
+them: `… -> t9 t6`.
 """
 
 from __future__ import annotations
@@ -112,20 +113,28 @@ class Producer:
 
     Attributes:
         layouts: of the operands, in order.
-        steps: in order of evaluation; the last is the result.
+        steps: in order of evaluation.
+        chosen: the numbers of the steps that are the results; the last one alone where it is empty.
     """
 
     layouts: tuple[str, ...]
     steps: tuple[Step, ...]
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """The numbers of the steps that are the results."""
+        return self.chosen or (len(self.steps) - 1,)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the result."""
-        return DTYPES[self.steps[-1].dtype]
+        """The dtype of the results."""
+        return DTYPES[self.steps[self.results[0]].dtype]
 
     def __str__(self) -> str:
         steps = (f"t{i} = {s.function}.{s.dtype}({', '.join(map(str, s.values))})" for i, s in enumerate(self.steps))
-        return f"{' '.join(self.layouts)}: {'; '.join(steps)}"
+        chosen = f" -> {' '.join(f't{i}' for i in self.chosen)}" if self.chosen else ""
+        return f"{' '.join(self.layouts)}: {'; '.join(steps)}{chosen}"
 
 
 _STEP = re.compile(r"t(\d+) = (\w+)\.(\w+)\(([^)]*)\)")
@@ -161,25 +170,36 @@ def parse(text: str) -> Producer:
     Raises:
         FP4ValueError: it is malformed.
     """
-    head, _, body = text.partition(": ")
+    head, _, rest = text.partition(": ")
+    body, arrow, names = rest.partition(" -> ")
     layouts = tuple(head.split())
     try:
         for layout in layouts:
             if layout not in LAYOUTS:
                 raise unknown("layout", layout, LAYOUTS)
         steps = tuple(_step(part, len(layouts), i) for i, part in enumerate(body.split("; ")))
+        chosen = tuple(_result(name, len(steps)) for name in names.split(" ")) if arrow else ()
+        if len({steps[i].dtype for i in chosen}) > 1:
+            raise ValueError("the results have different dtypes")
     except ValueError as error:
         raise FP4ValueError(f"malformed producer {text!r}: {error}") from error
-    return Producer(layouts, steps)
+    return Producer(layouts, steps, chosen)
+
+
+def _result(text: str, steps: int) -> int:
+    name = _NAME.fullmatch(text)
+    if name is None or name[1] != "t" or int(name[2]) >= steps:
+        raise ValueError(f"{text!r} is no step")
+    return int(name[2])
 
 
 def produced_dtype(x: Tensor, text: str) -> torch.dtype:
-    """The dtype of what a producer makes of x and other operands; that of x where there is none."""
+    """The dtype of all that a producer makes of x and other operands; that of x where there is none."""
     return parse(text).dtype if text else x.dtype
 
 
 def produce(x: Tensor, operands: Sequence[Tensor | None], text: str) -> Tensor:
-    """The tensor that a producer makes of its operands; x itself where there is none.
+    """The one tensor that a producer makes of its operands; x itself where there is none.
 
     Args:
         x: the first operand, [M, K].
@@ -188,9 +208,18 @@ def produce(x: Tensor, operands: Sequence[Tensor | None], text: str) -> Tensor:
 
     Returns:
         [M, K] in the producer's dtype.
+
+    Raises:
+        FP4ValueError: the producer makes several.
     """
-    if not text:
-        return x
+    made = produce_each(x, operands, text) if text else [x]
+    if len(made) > 1:
+        raise FP4ValueError(f"a producer of one tensor is needed, not of {len(made)}: {text!r}")
+    return made[0]
+
+
+def produce_each(x: Tensor, operands: Sequence[Tensor | None], text: str) -> list[Tensor]:
+    """All tensors that a producer makes; arguments and each result as those of `produce`."""
     producer = parse(text)
     rows, columns = x.shape
     shapes = {"full": (rows, columns), "row": (rows, 1), "column": (1, columns), "scalar": (1, 1)}
@@ -202,4 +231,4 @@ def produce(x: Tensor, operands: Sequence[Tensor | None], text: str) -> Tensor:
     for i, step in enumerate(producer.steps):
         result = FUNCTIONS[step.function].run(*(values.get(v, v) for v in step.values))
         values[f"t{i}"] = result.to(DTYPES[step.dtype]).to(torch.float32)
-    return values[f"t{len(producer.steps) - 1}"].expand(x.shape).to(producer.dtype)
+    return [values[f"t{i}"].expand(x.shape).to(producer.dtype) for i in producer.results]

@@ -19,7 +19,7 @@ from fp4compile import codec, grouped, rowwise
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
 from fp4compile.hadamard import inverse_hadamard
-from fp4compile.producer import produce, produced_dtype
+from fp4compile.producer import produce, produce_each, produced_dtype
 
 
 def _ceil(size: Any, block: int) -> Any:
@@ -211,6 +211,43 @@ def fake_quantize_both_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     dtype, sizes = produced_dtype(x, given["producer"]), given["hadamard"]
     first, second = (x.new_empty(_transformed_shape(x, axis, size), dtype=dtype) for axis, size in enumerate(sizes))
     return first, second
+
+
+def fake_quantize_each(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    scale_rule: str | None = None,
+    hadamard: int = 0,
+    tensor_scale_0: Tensor | None = None,
+    tensor_scale_1: Tensor | None = None,
+    tensor_scale_2: Tensor | None = None,
+    seed: Tensor | None = None,
+    sign_seed: Tensor | None = None,
+    fold: bool = True,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> list[Tensor]:
+    """`fake_quantize` of every tensor that a producer makes."""
+    scales = (tensor_scale_0, tensor_scale_1, tensor_scale_2)
+    made = produce_each(x, (p1, p2, p3, p4), producer)
+    return [
+        fake_quantize(each, format, axis, mode, scale_rule, False, scale, seed, number, hadamard, sign_seed, fold)
+        for each, mode, number, scale in zip(made, rounding, stream, scales[: len(made)], strict=True)
+    ]
+
+
+def fake_quantize_each_fake(*args: Any, **kwargs: Any) -> list[Tensor]:
+    """The shape rule of `fake_quantize_each`."""
+    given = _given(fake_quantize_each, args, kwargs)
+    x: Tensor = given["x"]
+    shape, dtype = _transformed_shape(x, given["axis"], given["hadamard"]), produced_dtype(x, given["producer"])
+    return [x.new_empty(shape, dtype=dtype) for _ in given["rounding"]]
 
 
 def quantize_backward(

@@ -148,6 +148,41 @@ def fake_quantize_both() -> Iterator[Mapping[str, Any]]:
             yield {**given, "format": name, "scale_rule": None, **plain}
 
 
+# Two tensors and three, of two operands and of three; sums and products alone.
+_TWO = "full full: t0 = mul.bfloat16(a0, a1); t1 = add.bfloat16(a0, t0) -> t1 t0"
+_THREE = (
+    "full row full: t0 = cast.float32(a0); t1 = mul.float32(t0, a1); t2 = cast.bfloat16(t1); "
+    "t3 = mul.bfloat16(t2, a2); t4 = sub.bfloat16(1.0, t2); t5 = mul.bfloat16(a2, a2) -> t5 t3 t4"
+)
+
+
+def _produced_groups() -> Iterator[tuple[dict[str, Any], int]]:
+    """Matrices, whole and ragged, of which a producer makes several; how many."""
+    for rows, columns in ((64, 192), (50, 72), (3, 33)):
+        x, gate = _tensor(rows, columns, dtype=torch.bfloat16), _tensor(rows, columns, dtype=torch.bfloat16, seed=1)
+        gate[0, 3] = float("nan")
+        yield {"x": x, "p1": gate, "producer": _TWO}, 2
+        yield {"x": x, "p1": _tensor(rows, 1, seed=2), "p2": gate, "producer": _THREE}, 3
+
+
+def fake_quantize_each() -> Iterator[Mapping[str, Any]]:
+    """Samples of `fake_quantize_each`."""
+    for name, fmt in FORMATS.items():
+        for given, results in _produced_groups():
+            plain = {"rounding": ["nearest"] * results, "stream": [3, 4, 5][:results], "seed": _SEED}
+            mixed = ["stochastic", "nearest", "stochastic"][:results]
+            for axis in (0, 1):
+                base = {**given, **plain, "format": name, "axis": axis}
+                yield base
+                yield {**base, "rounding": mixed, "scale_rule": "truncation-free"}
+                yield {**base, "rounding": mixed, "hadamard": 16, "sign_seed": _SEED}
+                yield {**base, "hadamard": 64}
+                if fmt.has_tensor_scale:
+                    scales = {f"tensor_scale_{i}": torch.tensor(2.0 ** -(i + 5)) for i in range(results)}
+                    yield {**base, **scales}
+                    yield {**base, **scales, "rounding": mixed, "fold": False}
+
+
 def quantize_backward() -> Iterator[Mapping[str, Any]]:
     """Samples of `quantize_backward`."""
     for name, fmt in FORMATS.items():

@@ -78,6 +78,13 @@ def _producer(arguments: Mapping[str, Any]) -> str | None:
     return produce.refusal(arguments["producer"])
 
 
+def _producer_of_each(arguments: Mapping[str, Any]) -> str | None:
+    results = len(arguments["rounding"])
+    if not 2 <= results <= codec.MOST_RESULTS:
+        return f"{results} tensors, not 2 to {codec.MOST_RESULTS}"
+    return produce.refusal(arguments["producer"], results)
+
+
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
     size = arguments["hadamard"]
     good = ", ".join(map(str, codec.HADAMARD_SIZES[1:]))
@@ -87,6 +94,22 @@ def _transform_size(arguments: Mapping[str, Any]) -> str | None:
 def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
     bound = codec.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
     return "arithmetic bounds it, so that two kernels are as fast" if bound else None
+
+
+def _of_each(*required: checks.Check) -> checks.Check:
+    """A check of several tensors with an option each, by checks of one."""
+
+    def of_each(arguments: Mapping[str, Any]) -> str | None:
+        lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
+        for i in range(len(arguments["rounding"])):
+            one = {**arguments, **{name: values[i] for name, values in lists.items()}}
+            one["tensor_scale"] = arguments.get(f"tensor_scale_{i}")
+            reason = next(filter(None, (check(one) for check in required)), None)
+            if reason is not None:
+                return reason
+        return None
+
+    return of_each
 
 
 def _along_both(*required: checks.Check) -> checks.Check:
@@ -174,6 +197,10 @@ KERNELS: tuple[Kernel, ...] = (
     _replayed(
         "triton/fake_quantize_both", "fake_quantize_both", codec.plan_fake_quantize_both,
         *_QUANTIZED, _along_both(*_OPTIONS), _one_launch_pays, _producer,
+    ),
+    _replayed(
+        "triton/fake_quantize_each", "fake_quantize_each", codec.plan_fake_quantize_each,
+        *_QUANTIZED, _producer_of_each, checks.scale_rule, _transform_size, _of_each(checks.scalars, checks.rounding),
     ),
     _replayed("triton/quantize", "quantize", codec.plan_quantize, *_QUANTIZED, *_OPTIONS),
     _replayed(

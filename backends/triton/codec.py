@@ -25,7 +25,7 @@ from fp4compile.backends.triton.replay import Launches, Replay, contiguous
 from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
-from fp4compile.producer import MOST_OPERANDS, produced_dtype
+from fp4compile.producer import MOST_OPERANDS, parse, produced_dtype
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
 DTYPES = checks.DTYPES
@@ -37,25 +37,29 @@ _FLAT = 8192  # elements per program where blocks play no part
 @dataclass(frozen=True)
 class Tile:
     """How much a program takes: elements in all and per warp, the least length along the lanes (where they are not
-    cut into runs), and `low`, how many consecutive elements of a column one thread holds."""
+    cut into runs), `low`, how many consecutive elements of a column one thread holds, and `vector`, of how many columns
+    side by side."""
 
     elements: int
     per_warp: int
     least: int
-    low: int
+    low: int = 1
+    vector: int = 1
 
 
 # Chosen by measurement on H100; benchmarks/NOTES.md holds the figures.
 # Rows by the scaling of the format's first level.
 ROWS = {
-    "e6m2": Tile(elements=2048, per_warp=512, least=64, low=1),
-    "e8m0": Tile(elements=2048, per_warp=512, least=64, low=1),
-    "e4m3": Tile(elements=2048, per_warp=1024, least=64, low=1),
+    "e6m2": Tile(elements=2048, per_warp=512, least=64),
+    "e8m0": Tile(elements=2048, per_warp=512, least=64),
+    "e4m3": Tile(elements=2048, per_warp=1024, least=64),
 }
 # Eight elements of a column in a thread save three exchanges of each maximum and butterfly.
-COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8)
+COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8, vector=8)
 # A longer transform of columns must lie within one warp: between two it would go through shared memory.
-LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8)
+LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8, vector=8)
+# Of several tensors, whose producer holds all of them in registers, a thread takes fewer elements.
+EACH_COLUMNS = Tile(elements=2048, per_warp=512, least=64, low=8, vector=2)
 _LONG = 64
 # The least edge of a tile that is quantised along both axes. Its threads hold as much as those of COLUMNS.
 _EDGE = 64
@@ -176,9 +180,9 @@ def _columns(hadamard: int) -> Tile:
     return LONG_COLUMNS if hadamard >= _LONG else COLUMNS
 
 
-def _tile(g: Geometry, scaling: str, run: int, edge: int, hadamard: int) -> tuple[int, dict[str, Any], int]:
-    """(programs, constants, warps) of a launch over `g` in tiles of whole runs."""
-    tile = _columns(hadamard) if g.columns else ROWS[scaling]
+def _tile(g: Geometry, scaling: str, run: int, edge: int, columns: Tile) -> tuple[int, dict[str, Any], int]:
+    """(programs, constants, warps) of a launch over `g` in tiles of whole runs; `columns` is what it takes of those."""
+    tile = columns if g.columns else ROWS[scaling]
     k = run if not g.columns and g.padded == run else max(run, tile.least)
     wanted = max(tile.elements // k, 1)
     lanes = max(min(wanted, power_of_two(g.lanes)), edge or 1, 8)
@@ -187,6 +191,7 @@ def _tile(g: Geometry, scaling: str, run: int, edge: int, hadamard: int) -> tupl
         "L": lanes,
         "K": k,
         "LOW": min(tile.low, k),
+        "VECTOR": tile.vector,
         "COLUMNS": g.columns,
         "EVEN": g.lanes % lanes == 0 and g.size % k == 0,
         "WIDE": g.batch * (g.lanes + lanes) * (g.padded + k) >= 2**31,
@@ -225,7 +230,7 @@ def _quantizing(
     block = constants["BLOCK"]
     edge, run_length = block if block_2d else 0, max(block, hadamard)
     g = geometry(shape, axis, run_length, hadamard, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, hadamard)
+    grid, tile, warps = _tile(g, constants["SCALING"], run_length, edge, _columns(hadamard))
     sizes = {"lanes": g.lanes, "size": g.size, "padded": g.padded}
     aligned = (g.lanes if g.columns else g.padded) % 4 == 0
     all_constants = {**constants, **transform(hadamard), **tile, "EDGE": edge, "ALIGNED": aligned, **dict(own)}
@@ -319,7 +324,7 @@ def _decoding(shape: torch.Size, format: str, axis: int, size: int, block_2d: bo
     # Codes may hold more blocks than `size` needs: only then lanes keep their length.
     whole = shape[-1] * 2 == size
     g = geometry(_decoded(shape, axis, size), axis, block if whole else 2 * shape[-1] + 1, 0, block_2d)
-    grid, tile, warps = _tile(g, constants["SCALING"], block, edge, 0)
+    grid, tile, warps = _tile(g, constants["SCALING"], block, edge, COLUMNS)
     blocks = 1 if not g.columns and g.size == block and whole and not block_2d else shape[-1] * 2 // block
     arguments = {"lanes": g.lanes, "size": g.size, "blocks": blocks}
     return Launch(_KERNELS, "dequantize", grid, arguments, {**constants, **tile, "EDGE": edge}, warps)
@@ -357,13 +362,13 @@ def _scaling(shape: torch.Size, format: str, axis: int, hadamard: int, producer:
     if hadamard or producer:
         length = hadamard or _EDGE  # rows are cut into runs: where a run lies is known per run, not per element
         g = geometry(shape, axis if hadamard else len(shape) - 1, length, hadamard, False)
-        grid, tile, warps = _tile(g, fmt.levels[0].dtype, length, 0, hadamard)
+        grid, tile, warps = _tile(g, fmt.levels[0].dtype, length, 0, _columns(hadamard))
     else:
         n = math.prod(shape)
         g = Geometry(1, 1, n, n, False)
         grid, warps = ceil_div(n, _FLAT), 8
         wide = n + _FLAT >= 2**31
-        tile = {"L": 1, "K": _FLAT, "LOW": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
+        tile = {"L": 1, "K": _FLAT, "LOW": 1, "VECTOR": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
     arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
     largest = {**transform(hadamard), **tile, **_producing(shape, producer)}
     constants = {"TOP": E4M3_MAX * fmt.element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
@@ -415,7 +420,8 @@ def _quantizing_both(
     for axis in (0, 1):
         own = {**transform(hadamard[axis]), "EDGE": block if block_2d[axis] else 0}
         constants |= {f"{name}_{axis}": value for name, value in own.items()}
-    constants |= {"ROWS": edge, "COLUMNS": edge, "LOW": COLUMNS.low, "FOLD": fold, "WIDE": rows * columns >= 2**31}
+    constants |= {"ROWS": edge, "COLUMNS": edge, "FOLD": fold, "WIDE": rows * columns >= 2**31}
+    constants |= {"LOW": COLUMNS.low, "VECTOR": COLUMNS.vector}
     constants["PRODUCE"] = produce.function(producer)
     arguments |= {"rows": rows, "columns": columns, "sign_stream": SIGN_STREAM}
     grid = rows // edge * (columns // edge)
@@ -483,6 +489,73 @@ def plan_fake_quantize_both(
         "ts_1_ptr": tensor_scale_1,
         "sign_seed_ptr": sign_seed,
         **pointers(operands),
+    }
+    return [(launch, given)], results
+
+
+# --- several tensors of one producer ---------------------------------------------------------------------------------
+
+MOST_RESULTS = 3
+_RESULTS = range(MOST_RESULTS)
+
+
+@lru_cache(maxsize=4096)
+def _quantizing_each(
+    shape: torch.Size,
+    format: str,
+    axis: int,
+    rounding: tuple[str, ...],
+    stream: tuple[int, ...],
+    scale_rule: str | None,
+    hadamard: int,
+    fold: bool,
+    producer: str,
+) -> Launch:
+    """What calls of `fake_quantize_each` share."""
+    arguments, constants = map(dict, encoder(format, scale_rule, "nearest", parse(producer).dtype))
+    del constants["STOCHASTIC"]
+    run = max(constants["BLOCK"], hadamard)
+    g = geometry(shape, axis, run, hadamard, False)
+    grid, tile, warps = _tile(g, constants["SCALING"], run, 0, EACH_COLUMNS)
+    arguments |= {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
+    arguments |= {f"stream_{i}": signed(stream[i]) if i < len(stream) else 0 for i in _RESULTS}
+    constants |= {f"STOCHASTIC_{i}": rounding[i : i + 1] == ("stochastic",) for i in _RESULTS}
+    constants |= {**transform(hadamard), **tile, **_producing(shape, producer), "FOLD": fold}
+    constants["ALIGNED"] = (g.lanes if g.columns else g.padded) % 4 == 0
+    return Launch(_KERNELS, "fake_quantize_each", grid, arguments, constants, warps)
+
+
+def plan_fake_quantize_each(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    scale_rule: str | None,
+    hadamard: int,
+    tensor_scale_0: Tensor | None,
+    tensor_scale_1: Tensor | None,
+    tensor_scale_2: Tensor | None,
+    seed: Tensor | None,
+    sign_seed: Tensor | None,
+    fold: bool,
+    producer: str,
+    **operands: Tensor | None,
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The launch of the op `fake_quantize_each` on contiguous tensors with its arguments, and its results."""
+    axis %= x.dim()
+    scales, options = (tensor_scale_0, tensor_scale_1, tensor_scale_2), (tuple(rounding), tuple(stream))
+    folded = fold and tensor_scale_0 is not None
+    launch = _quantizing_each(x.shape, format, axis, *options, scale_rule, hadamard, folded, producer)
+    dtype, shape = produced_dtype(x, producer), _transformed(x.shape, axis, hadamard)
+    results = tuple(x.new_empty(shape, dtype=dtype) for _ in rounding)
+    given = {
+        "x_ptr": x,
+        **pointers(operands),
+        **{f"y_{i}_ptr": results[i] if i < len(results) else None for i in _RESULTS},
+        **{f"ts_{i}_ptr": scale for i, scale in enumerate(scales)},
+        "seed_ptr": seed,
+        "sign_seed_ptr": sign_seed,
     }
     return [(launch, given)], results
 

@@ -53,12 +53,23 @@ def _place(lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def _elements(lane, k, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr):
-    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [K // LOW, LOW, L]."""
+def _elements(
+    lane,
+    k,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVERY: tl.constexpr,
+):
+    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [L // V, K // LOW, LOW, V]."""
     if COLUMNS:
-        lane += EVERY * tl.arange(0, L // EVERY)[None, None, :]
-        # Threads go to the last dimension, then to the first: the middle one is left to a thread's registers.
-        k += LOW * tl.arange(0, K // LOW)[:, None, None] + tl.arange(0, LOW)[None, :, None]
+        # Triton hands the last dimension to a thread, which reads it at once, then the first ones to other threads:
+        # the third, LOW elements of a column, is left to a thread's registers.
+        V: tl.constexpr = VECTOR if EVERY == 1 else 1
+        lane += V * EVERY * tl.arange(0, L // (V * EVERY))[:, None, None, None] + tl.arange(0, V)[None, None, None, :]
+        k += LOW * tl.arange(0, K // LOW)[None, :, None, None] + tl.arange(0, LOW)[None, None, :, None]
     else:
         lane += tl.arange(0, L)[:, None]
         k += EVERY * tl.arange(0, K // EVERY)[None, :]
@@ -78,15 +89,15 @@ def _index(batch, lane, k, lanes, size, COLUMNS: tl.constexpr):
 def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile as `_elements` orders it -> [L, K]."""
     if COLUMNS:
-        x = tl.permute(x, (2, 0, 1)).reshape([L, K])
+        x = tl.permute(x, (0, 3, 1, 2)).reshape([L, K])
     return x
 
 
 @triton.jit
-def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
+def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `_to_lanes`."""
     if COLUMNS:
-        x = tl.permute(x.reshape([L, K // LOW, LOW]), (1, 2, 0))
+        x = tl.permute(x.reshape([L // VECTOR, VECTOR, K // LOW, LOW]), (0, 2, 3, 1))
     return x
 
 
@@ -101,14 +112,47 @@ def _load(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """A tile [L, K] in fp32; zeros past the edges."""
-    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
+    lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 1)
     pointers = x_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
     x = tl.load(pointers) if EVEN else tl.load(pointers, mask=(lane < lanes) & (k < size), other=0.0)
     return _to_lanes(x.to(tl.float32), L, K, COLUMNS)
+
+
+@triton.jit
+def _produced(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    width,
+    batch,
+    lane,
+    k,
+    lanes,
+    size,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRODUCE: tl.constexpr,
+):
+    """The tiles of all tensors that PRODUCE makes of x [M, width] and the operands, in the order of memory."""
+    lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 1)
+    index = _index(batch, lane, k, lanes, size, COLUMNS)
+    if COLUMNS:
+        return PRODUCE(x_ptr, p1, p2, p3, p4, index, k, lane, k < size, lane < lanes, EVEN)
+    else:
+        start = lane * size  # a lane may be a run that was cut from a row
+        column = start % width + k
+        return PRODUCE(x_ptr, p1, p2, p3, p4, index, start // width, column, lane < lanes, k < size, EVEN)
 
 
 @triton.jit
@@ -127,24 +171,18 @@ def _read(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     PRODUCE: tl.constexpr,
 ):
-    """A tile [L, K] in fp32: of x, or of what PRODUCE makes of x [M, width] and the operands; zeros past the edges."""
+    """A tile [L, K] in fp32: of x, or of the one tensor that PRODUCE makes; zeros past the edges."""
     if PRODUCE is None:
-        return _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+        return _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
     else:
-        lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
-        index = _index(batch, lane, k, lanes, size, COLUMNS)
-        if COLUMNS:
-            x = PRODUCE(x_ptr, p1, p2, p3, p4, index, k, lane, k < size, lane < lanes, EVEN)
-        else:
-            start = lane * size  # a lane may be a run that was cut from a row
-            column = start % width + k
-            x = PRODUCE(x_ptr, p1, p2, p3, p4, index, start // width, column, lane < lanes, k < size, EVEN)
-        if not EVEN:
-            x = tl.where((lane < lanes) & (k < size), x, 0.0)
+        (x,) = _produced(
+            x_ptr, p1, p2, p3, p4, width, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
+        )  # fmt: skip
         return _to_lanes(x, L, K, COLUMNS)
 
 
@@ -160,11 +198,12 @@ def _store(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    y = _to_memory(y.to(y_ptr.dtype.element_ty), L, K, LOW, COLUMNS)
-    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 1)
+    y = _to_memory(y.to(y_ptr.dtype.element_ty), L, K, LOW, VECTOR, COLUMNS)
+    lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 1)
     pointers = y_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
     if EVEN:
         tl.store(pointers, y)
@@ -187,17 +226,18 @@ def _uniform(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
-    lane, k = _elements(lane, k, L, K, LOW, COLUMNS, 4 if ALIGNED else 1)
+    lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 4 if ALIGNED else 1)
     index = _index(batch, lane, k, lanes, size, COLUMNS)
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
         words = in_turn(w0, w1, w2, w3)
-        words = words.reshape([K // LOW, LOW, L]) if COLUMNS else words.reshape([L, K])
+        words = words.reshape([L // 4, K // LOW, LOW, 4]) if COLUMNS else words.reshape([L, K])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
@@ -461,12 +501,7 @@ def _quantise(
 
 @triton.jit
 def _encode(
-    x_ptr,
-    p1,
-    p2,
-    p3,
-    p4,
-    width,
+    x,
     ts_ptr,
     seed_ptr,
     sign_seed_ptr,
@@ -474,7 +509,6 @@ def _encode(
     lane,
     k,
     lanes,
-    size,
     padded,
     counter_stream,
     sign_stream,
@@ -484,6 +518,7 @@ def _encode(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -500,15 +535,13 @@ def _encode(
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
-    PRODUCE: tl.constexpr,
 ):
-    """Read, transform and quantise a tile: the values before rounding [L, K], and what `_quantise` returns."""
-    x = _read(x_ptr, p1, p2, p3, p4, width, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
+    """Transform and quantise a tile [L, K]: the values before rounding, and what `_quantise` returns."""
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     u = x
     if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, COLUMNS, ALIGNED, WIDE)
+        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
     q, scale, stored, bad = _quantise(
         x, u, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
@@ -518,12 +551,7 @@ def _encode(
 
 @triton.jit
 def _fake_quantise(
-    x_ptr,
-    p1,
-    p2,
-    p3,
-    p4,
-    width,
+    x,
     y_ptr,
     ts_ptr,
     seed_ptr,
@@ -532,7 +560,6 @@ def _fake_quantise(
     lane,
     k,
     lanes,
-    size,
     padded,
     counter_stream,
     sign_stream,
@@ -542,6 +569,7 @@ def _fake_quantise(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -559,20 +587,19 @@ def _fake_quantise(
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
-    PRODUCE: tl.constexpr,
 ):
-    """A tile of y = dequantised(quantised(x)) in y's dtype."""
+    """A tile of y = dequantised(quantised(x)) in y's dtype, from a tile x [L, K]."""
     x, q, scale, _, bad = _encode(
-        x_ptr, p1, p2, p3, p4, width, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
-        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR, PRODUCE,
+        x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
+        up_from, k_max, s_max, L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR,
     )  # fmt: skip
     scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
     y = q * scale
     if FOLD:
         y = y * tl.load(ts_ptr)
     y = from_bits(to_bits(y).reshape([L, K]) ^ (to_bits(x) & SIGN))
-    _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, COLUMNS, EVEN)
+    _store(y_ptr, y, batch, lane, k, lanes, padded, L, K, LOW, VECTOR, COLUMNS, EVEN)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -600,6 +627,7 @@ def fake_quantize(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -622,11 +650,77 @@ def fake_quantize(
 ):
     """y = dequantised(quantised(x)) in y's dtype."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     _fake_quantise(
-        x_ptr, p1, p2, p3, p4, WIDTH, y_ptr, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
-        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, FOLD, HADAMARD, LOG2, FACTOR, PRODUCE,
+        x, y_ptr, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
+        up_from, k_max, s_max, L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, FOLD, HADAMARD, LOG2, FACTOR,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["up_from", "k_max", "stream_0", "stream_1", "stream_2", "sign_stream"])
+def fake_quantize_each(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    y_0_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    ts_0_ptr,
+    ts_1_ptr,
+    ts_2_ptr,
+    seed_ptr,
+    sign_seed_ptr,
+    lanes,
+    size,
+    padded,
+    stream_0,
+    stream_1,
+    stream_2,
+    sign_stream,
+    up_from,
+    k_max,
+    s_max,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALING: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    STEP: tl.constexpr,
+    TOP: tl.constexpr,
+    EMAX: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC_0: tl.constexpr,
+    STOCHASTIC_1: tl.constexpr,
+    STOCHASTIC_2: tl.constexpr,
+    FOLD: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRODUCE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y_i = dequantised(quantised(i-th result of PRODUCE)) for two results or three; of two y_2_ptr is None."""
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    made = _produced(
+        x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
+    )  # fmt: skip
+    for i in tl.static_range(len(made)):
+        x = _to_lanes(made[i], L, K, COLUMNS)
+        _fake_quantise(
+            x, (y_0_ptr, y_1_ptr, y_2_ptr)[i], (ts_0_ptr, ts_1_ptr, ts_2_ptr)[i], seed_ptr, sign_seed_ptr,
+            batch, lane, k, lanes, padded, (stream_0, stream_1, stream_2)[i], sign_stream, up_from, k_max, s_max,
+            L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, 0, SCALING, ELEMENT, STEP, TOP, EMAX,
+            TRUNCATION_FREE, (STOCHASTIC_0, STOCHASTIC_1, STOCHASTIC_2)[i], FOLD, HADAMARD, LOG2, FACTOR,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["up_from", "k_max", "sign_stream"])
@@ -650,6 +744,7 @@ def fake_quantize_both(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALING: tl.constexpr,
@@ -674,15 +769,21 @@ def fake_quantize_both(
     A program reads its tile once for each, the second time from a cache.
     """
     _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE)
-    _fake_quantise(
-        x_ptr, p1, p2, p3, p4, columns, y_1_ptr, ts_1_ptr, None, sign_seed_ptr, 0, row, column, rows, columns, columns,
-        0, sign_stream, up_from, k_max, s_max, ROWS, COLUMNS, 1, False, True, WIDE, True, BLOCK, EDGE_1,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_1, LOG2_1, FACTOR_1, PRODUCE,
+    x = _read(
+        x_ptr, p1, p2, p3, p4, columns, 0, row, column, rows, columns, ROWS, COLUMNS, 1, 1, False, True, PRODUCE
     )  # fmt: skip
     _fake_quantise(
-        x_ptr, p1, p2, p3, p4, columns, y_0_ptr, ts_0_ptr, None, sign_seed_ptr, 0, column, row, columns, rows, rows,
-        0, sign_stream, up_from, k_max, s_max, COLUMNS, ROWS, LOW, True, True, WIDE, True, BLOCK, EDGE_0,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_0, LOG2_0, FACTOR_0, PRODUCE,
+        x, y_1_ptr, ts_1_ptr, None, sign_seed_ptr, 0, row, column, rows, columns,
+        0, sign_stream, up_from, k_max, s_max, ROWS, COLUMNS, 1, 1, False, True, WIDE, True, BLOCK, EDGE_1,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_1, LOG2_1, FACTOR_1,
+    )  # fmt: skip
+    x = _read(
+        x_ptr, p1, p2, p3, p4, columns, 0, column, row, columns, rows, COLUMNS, ROWS, LOW, VECTOR, True, True, PRODUCE
+    )  # fmt: skip
+    _fake_quantise(
+        x, y_0_ptr, ts_0_ptr, None, sign_seed_ptr, 0, column, row, columns, rows,
+        0, sign_stream, up_from, k_max, s_max, COLUMNS, ROWS, LOW, VECTOR, True, True, WIDE, True, BLOCK, EDGE_0,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, False, FOLD, HADAMARD_0, LOG2_0, FACTOR_0,
     )  # fmt: skip
 
 
@@ -705,6 +806,7 @@ def quantize(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -725,10 +827,11 @@ def quantize(
 ):
     """Codes, as 32-bit words of eight, and scales."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
     x, q, _, stored, bad = _encode(
-        x_ptr, None, None, None, None, 0, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, size, padded,
-        counter_stream, sign_stream, up_from, k_max, s_max, L, K, LOW, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
-        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR, None,
+        x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
+        up_from, k_max, s_max, L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
+        SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR,
     )  # fmt: skip
     NB: tl.constexpr = K // BLOCK
     blocks = tl.cdiv(padded, BLOCK)  # of a lane, or of the run that was cut from one
@@ -761,6 +864,7 @@ def dequantize(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -788,7 +892,7 @@ def dequantize(
     y = from_bits(to_bits(y) ^ ((code & 8) << 28))
     if ts_ptr is not None:
         y = y * tl.load(ts_ptr)
-    _store(y_ptr, y.reshape([L, K]), batch, lane0, k, lanes, size, L, K, LOW, COLUMNS, EVEN)
+    _store(y_ptr, y.reshape([L, K]), batch, lane0, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
 
 
 @triton.jit(do_not_specialize=["sign_stream"])
@@ -807,6 +911,7 @@ def amax(
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -818,7 +923,7 @@ def amax(
 ):
     """The bits of the largest finite magnitude of each tile."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
-    x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, COLUMNS, EVEN, PRODUCE)
+    x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     bits = to_bits(x) & 0x7FFFFFFF

@@ -6,7 +6,9 @@
         a0 = tl.load(p0 + index, in_row & in_column, 0.0).to(tl.float32)
         a1 = tl.load(p1 + row, in_row, 0.0).to(tl.float32)
         t0 = rounded((a0 * a1), tl.bfloat16)
-        return t0
+        if not EVEN:
+            t0 = tl.where(in_row & in_column, t0, 0.0)
+        return (t0,)
 
 Exponentials and divisions are those that Inductor's own kernels use, not the correctly rounded ones.
 """
@@ -64,11 +66,13 @@ def _line(number: int, step: Step) -> str:
     return f"t{number} = {_ROUNDED[step.dtype].format(SPELLINGS[step.function].format(*step.values))}"
 
 
-def refusal(text: str) -> str | None:
-    """Why no kernel computes a producer, or None."""
+def refusal(text: str, results: int = 1) -> str | None:
+    """Why no kernel computes a producer of so many tensors, or None."""
     if not text:
-        return None
+        return None if results == 1 else "without a producer there is one tensor"
     producer = parse(text)
+    if len(producer.results) != results:
+        return f"the producer makes {len(producer.results)} tensors, not {results}"
     if len(producer.layouts) > MOST_OPERANDS or producer.layouts[0] != "full":
         return f"it computes what it quantises from {MOST_OPERANDS} operands at most, the first of full size"
     unknown = {step.function for step in producer.steps} - SPELLINGS.keys()
@@ -80,7 +84,8 @@ def source(text: str, name: str = "produce") -> str:
     producer = parse(text)
     body = [line for i, layout in enumerate(producer.layouts) for line in _load(i, layout)]
     body += [_line(i, step) for i, step in enumerate(producer.steps)]
-    body.append(f"return t{len(producer.steps) - 1}")
+    body += ["if not EVEN:", *(f"    t{i} = tl.where(in_row & in_column, t{i}, 0.0)" for i in producer.results)]
+    body.append(f"return ({' '.join(f't{i},' for i in producer.results)})")
     pointers = ", ".join(f"p{i}" for i in range(MOST_OPERANDS))
     head = f"def {name}({pointers}, index, row, column, in_row, in_column, EVEN: tl.constexpr):"
     return "\n".join([head, *(f"    {line}" for line in body)]) + "\n"
@@ -88,7 +93,7 @@ def source(text: str, name: str = "produce") -> str:
 
 @cache
 def function(text: str) -> Any:
-    """The compiled-on-use Triton function of a producer, None where there is none.
+    """The compiled-on-use Triton function of a producer, whose results it returns as a tuple; None where there is none.
 
     It takes pointers to the operands, the linear index, row and column of every element, and which of them exist.
     """

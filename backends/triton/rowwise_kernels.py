@@ -45,8 +45,8 @@ def _read(x_ptr, p1, p2, p3, p4, index, row, column, rows, columns, EVEN: tl.con
         x = tl.load(x_ptr + index) if EVEN else tl.load(x_ptr + index, (row < rows) & (column < columns), 0.0)
         return x.to(tl.float32)
     else:
-        x = PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
-        return x if EVEN else tl.where((row < rows) & (column < columns), x, 0.0)
+        (x,) = PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
+        return x
 
 
 # --- bf16 two by two -------------------------------------------------------------------------------------------------

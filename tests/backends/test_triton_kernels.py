@@ -28,7 +28,7 @@ from fp4compile.producer import FUNCTIONS
 from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import left_to_the_reference
 
-CODECS = ("fake_quantize", "fake_quantize_both", "quantize", "dequantize", "tensor_scale")
+CODECS = ("fake_quantize", "fake_quantize_both", "fake_quantize_each", "quantize", "dequantize", "tensor_scale")
 KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.op in CODECS}
 NAMES = ("hif4", "mxfp4", "nvfp4")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
@@ -48,7 +48,7 @@ def moved(sample: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 def assert_same(got: Any, expected: Any) -> None:
     """Equal bits; NaN where NaN is expected, whatever its payload."""
-    if isinstance(expected, tuple):
+    if isinstance(expected, tuple | list):
         for g, e in zip(got, expected, strict=True):
             assert_same(g, e)
         return
@@ -304,6 +304,19 @@ def both(x: Tensor, format: str, **options: Any) -> list[Planned]:
     return list(codec.plan_fake_quantize_both(**arguments("fake_quantize_both", sample))[0])
 
 
+def each(format: str, axis: int, **options: Any) -> list[Planned]:
+    """The launch of `fake_quantize_each` of two products in rows, of three in columns."""
+    results = 2 if axis else 3
+    scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
+    scales = {f"tensor_scale_{i}": scale for i in range(results)}
+    given = {"rounding": ["nearest"] * results, "stream": list(range(results)), **scales, **moved(options, "meta")}
+    products = "full full: t0 = mul.bfloat16(a0, a1); t1 = mul.bfloat16(a0, t0); t2 = mul.bfloat16(a1, a1) -> "
+    names = " ".join(f"t{i}" for i in range(results))
+    sample = {"x": meta(256, 512), "p1": meta(256, 512), "format": format, "axis": axis, "producer": products + names}
+    sample |= given
+    return list(codec.plan_fake_quantize_each(**arguments("fake_quantize_each", sample))[0])
+
+
 def decoding(format: str, axis: int) -> list[Planned]:
     codes, scales = OPS["quantize"].fake(meta(256, 512), format, axis)
     return list(codec.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[0])
@@ -322,6 +335,9 @@ COMPILED: dict[str, Callable[[], list[Planned]]] = {
     "nvfp4 squares": lambda: quantizing(meta(256, 512), "nvfp4", 0, block_2d=True),
     "hif4 both": lambda: both(meta(256, 512), "hif4"),
     "nvfp4 both": lambda: both(meta(256, 512), "nvfp4", hadamard=[16, 0]),
+    "hif4 each of columns": lambda: each("hif4", 0),
+    "nvfp4 each of rows, Hadamard": lambda: each("nvfp4", 1, hadamard=16),
+    "mxfp4 each of columns, stochastic": lambda: each("mxfp4", 0, rounding=["stochastic"] * 3, seed=SEED),
     "decoding": lambda: [*decoding("hif4", 1), *decoding("nvfp4", 0)],
     "tensor scale": lambda: [*scaling(0, 0), *scaling(0, 16)],
     "64-bit offsets": lambda: quantizing(meta(2**16 + 64, 2**15), "mxfp4", 0)[:1],
@@ -340,7 +356,8 @@ def assert_compiles_exactly(launches: list[Planned], capability: int) -> None:
         assert_exact(ptx)
         # Those that are written: with an exact product, of corrected divisions, and in stochastic rounding.
         of = planned.constants
-        assert "fma.rn" not in ptx or of["ELEMENT"] == "even" or of["SCALING"] == "e4m3" or of["STOCHASTIC"]
+        stochastic = any(value for name, value in of.items() if name.startswith("STOCHASTIC"))
+        assert "fma.rn" not in ptx or of["ELEMENT"] == "even" or of["SCALING"] == "e4m3" or stochastic
 
 
 @needs_triton
@@ -360,6 +377,14 @@ SWIGLU = (
     "full full: t0 = cast.float32(a0); t1 = neg.float32(t0); t2 = exp.float32(t1); t3 = add.float32(t2, 1.0); "
     "t4 = div.float32(t0, t3); t5 = cast.bfloat16(t4); t6 = mul.bfloat16(t5, a1)"
 )
+# gate, up and the gradient -> those of gate and of up, and what the SwiGLU made of both.
+SWIGLU_BACKWARD = (
+    "full full full: t0 = cast.float32(a0); t1 = neg.float32(t0); t2 = exp.float32(t1); t3 = add.float32(t2, 1.0); "
+    "t4 = div.float32(t0, t3); t5 = cast.bfloat16(t4); t6 = mul.bfloat16(a2, t5); t7 = mul.bfloat16(a2, a1); "
+    "t8 = cast.float32(t7); t9 = sigmoid.float32(t0); t10 = mul.float32(t8, t9); t11 = sub.float32(1.0, t9); "
+    "t12 = mul.float32(t0, t11); t13 = add.float32(t12, 1.0); t14 = mul.float32(t10, t13); t15 = cast.bfloat16(t14); "
+    "t16 = mul.bfloat16(t5, a1) -> t15 t6 t16"
+)
 EVERY = (
     "full row column scalar: t0 = add.float32(a0, a1); t1 = mul.float32(t0, a2); t2 = sub.float32(a3, t1); "
     + "; ".join(
@@ -376,7 +401,11 @@ def test_producers_compile_for_sm_90(shape: tuple[int, int]) -> None:
     calls = [_fake("hif4", axis, x, p1=up, producer=SWIGLU) for axis in (0, 1)]
     operands = {"p1": meta(shape[0], 1), "p2": meta(1, shape[1]), "p3": meta(1)}
     calls.append(_fake("mxfp4", 1, x, **operands, producer=EVERY))
-    for planned, given in (each for call in calls for each in codec.plan_fake_quantize(**call)[0]):
+    launches = [planned for call in calls for planned in codec.plan_fake_quantize(**call)[0]]
+    three = {"rounding": ["nearest"] * 3, "stream": [0] * 3, "p1": up, "p2": up, "producer": SWIGLU_BACKWARD}
+    sample = {"x": x, "format": "hif4", "axis": 0, **three}
+    launches += codec.plan_fake_quantize_each(**arguments("fake_quantize_each", sample))[0]
+    for planned, given in launches:
         assert "mufu.ex2" in compiled(planned, given) or "ex2.approx" in compiled(planned, given)
 
 
