@@ -38,7 +38,7 @@ _MOST_TENSORS = 4
 # Beyond these steps arithmetic bounds a kernel, and not memory; GELU's backward takes 25.
 _MOST_STEPS = 64
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_TENSOR_SCALE = OPS["tensor_scale"].overload
+_TENSOR_SCALES = tuple(OPS[name].overload for name in ("tensor_scale", "tensor_scale_both"))
 _ABSORBING = {op.overload: op for op in OPS.values() if "producer" in op.signature.parameters}
 
 
@@ -165,7 +165,7 @@ def _check_readers(root: Node, tensors: int) -> None:
             raise _Refused(f"{reader} reads {root} too")
     for half in (False, True):  # forward, backward
         inside = [reader for reader in reading if is_backward(reader) is half]
-        quantisations = [reader for reader in inside if reader.target is not _TENSOR_SCALE]
+        quantisations = [reader for reader in inside if reader.target not in _TENSOR_SCALES]
         # Read by each, or read once, written, and that read by each.
         more = len(inside) * tensors >= tensors + 1 + len(inside)
         if len(quantisations) > 1 or (len(inside) > 1 and more):

@@ -211,7 +211,10 @@ class TestOnGpu:
             assert KERNELS["mm_rowwise"].supports(on_gpu) == Yes()
             got, expected = KERNELS["mm_rowwise"].run(**on_gpu).cpu(), OPS["mm_rowwise"].reference(**given)
             assert torch.equal(got.isnan(), expected.isnan())
-            torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-3, equal_nan=True)
+            # Both are rounded to bf16, and each of the fp32 additions may cut off the last bit of a partial sum.
+            a, b = (oracle.dequantize(*(given[f"{side}{part}"] for part in PARTS[:3])).abs() for side in "ab")
+            limit = 2**-7 * expected.abs() + a.shape[1] * 2**-23 * (a @ b.T)
+            assert not ((got - expected).abs() > limit).any()
 
     @pytest.mark.parametrize("positive", [False, True])
     def test_long_sums_are_fp32_sums(self, positive: bool) -> None:
