@@ -180,10 +180,12 @@ def test_other_formats_are_declined(format: str) -> None:
 
 def test_the_report_counts_the_exact_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "COUNTS", {})
-    assert BACKEND.runtime_notes() == []
+    kernels = ["triton/quantize_rowwise", "cublas/mm_rowwise"]
+    assert BACKEND.runtime_notes(kernels) == []
     devices = (torch.device("cpu"), torch.device("meta"))
     monkeypatch.setattr(rowwise, "COUNTS", {device: torch.tensor([1, 40]) for device in devices})
-    assert BACKEND.runtime_notes() == ["exact path taken by 2 of 80 row-wise scaled FP8 GEMMs"]
+    assert BACKEND.runtime_notes(kernels) == ["exact path taken by 2 of 80 row-wise scaled FP8 GEMMs so far"]
+    assert BACKEND.runtime_notes(["triton/fake_quantize", "inductor/aten.mm"]) == []
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
