@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -98,8 +98,9 @@ class Backend(ABC):
         """Arguments of `torch.compile` that lower a graph as this backend does, with no GEMM in FP4."""
         return {"backend": "inductor", "mode": mode}
 
-    def runtime_notes(self) -> list[str]:
-        """What the kernels that ran so far have to report; may wait for the device."""
+    def runtime_notes(self, kernels: Collection[str]) -> list[str]:
+        """What kernels that ran so far in this process have to report, of those that a report names; may wait for the
+        device."""
         return []
 
     def kernel_for(self, op: str, arguments: Mapping[str, Any], device: str) -> tuple[str, list[str]]:

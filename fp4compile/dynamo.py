@@ -86,7 +86,8 @@ class Ledger:
         report = merged(self._reports)
         if report and self._backend:
             report.notes += graph_break_notes(graph_breaks() - self._breaks)
-            report.notes += self._backend.runtime_notes()
+            named = {kernel for site in report.sites for kernel in site.kernel.split(" + ")}
+            report.notes += self._backend.runtime_notes(named)
         return report
 
 

@@ -73,6 +73,15 @@ _ROWS = (
         samples.tensor_scale,
     ),
     Op(
+        # Of x as it is, and transformed along the axis.
+        "tensor_scale_both",
+        f"(Tensor x, str format, int axis, int hadamard, Tensor? sign_seed=None, {_PRODUCER_ARGS}, "
+        "str? scale_rule=None) -> (Tensor, Tensor)",
+        reference.tensor_scale_both,
+        lambda x, *args, **kwargs: tuple(x.new_empty((), dtype=torch.float32) for _ in range(2)),
+        samples.tensor_scale_both,
+    ),
+    Op(
         "quantize",
         f"({_QUANTIZE_ARGS}, ScalarType? dtype=None) -> (Tensor, Tensor)",
         reference.quantize,

@@ -74,6 +74,27 @@ def tensor_scale(
     return codec.tensor_scale(x, fmt, scale_rule)
 
 
+def tensor_scale_both(
+    x: Tensor,
+    format: str,
+    axis: int,
+    hadamard: int,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+    scale_rule: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The scales of a whole tensor as it is, and of its transform."""
+    made = produce(x, (p1, p2, p3, p4), producer)
+    return (
+        tensor_scale(made, format, scale_rule=scale_rule),
+        tensor_scale(made, format, axis, hadamard, sign_seed, scale_rule=scale_rule),
+    )
+
+
 def quantize(
     x: Tensor,
     format: str,

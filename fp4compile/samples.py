@@ -75,6 +75,16 @@ def tensor_scale() -> Iterator[Mapping[str, Any]]:
                 yield {**given, "format": name, "axis": 0, "hadamard": 16}
 
 
+def tensor_scale_both() -> Iterator[Mapping[str, Any]]:
+    """Samples of `tensor_scale_both`."""
+    for name, fmt in FORMATS.items():
+        if fmt.has_tensor_scale:
+            for x, axis in _inputs():
+                yield {"x": x, "format": name, "axis": axis, "hadamard": 16}
+            for given in _produced_inputs():
+                yield {**given, "format": name, "axis": 0, "hadamard": 16}
+
+
 def dequantize() -> Iterator[Mapping[str, Any]]:
     """Samples of `dequantize`."""
     for sample in quantize():

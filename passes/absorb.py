@@ -28,7 +28,7 @@ from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import refresh
 
-_TENSOR_SCALE = OPS["tensor_scale"].overload
+_TENSOR_SCALES = tuple(OPS[name].overload for name in ("tensor_scale", "tensor_scale_both"))
 
 
 def check_only_quantised(root: Node) -> None:
@@ -42,7 +42,7 @@ def _check_cheap(root: Node, tensors: int) -> None:
     """Refuse a tensor that is cheaper to write than to compute for each of its readers."""
     for half in (False, True):  # forward, backward
         inside = [reader for reader in readers(root) if is_backward(reader) is half]
-        quantisations = [reader for reader in inside if reader.target is not _TENSOR_SCALE]
+        quantisations = [reader for reader in inside if reader.target not in _TENSOR_SCALES]
         # Read by each, or read once, written, and that read by each.
         more = len(inside) * tensors >= tensors + 1 + len(inside)
         if len(quantisations) > 1 or (len(inside) > 1 and more):

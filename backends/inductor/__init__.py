@@ -6,7 +6,7 @@ partitioned; everything around the FP4 operands is compiled as it is for BF16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class InductorBackend(Backend):
     doc = "the default: torch's Inductor on CPU and CUDA, FP4 codecs as opaque kernels"
     kernels = cpu.KERNELS + triton.KERNELS
 
-    def runtime_notes(self) -> list[str]:
-        return triton.rowwise.notes()
+    def runtime_notes(self, kernels: Collection[str]) -> list[str]:
+        return triton.rowwise.notes() if any(kernel.endswith("mm_rowwise") for kernel in kernels) else []
 
     def compile(
         self,

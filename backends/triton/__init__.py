@@ -91,6 +91,10 @@ def _transform_size(arguments: Mapping[str, Any]) -> str | None:
     return None if size in codec.HADAMARD_SIZES else f"Hadamard size {size} is not one of {good}"
 
 
+def _transformed(arguments: Mapping[str, Any]) -> str | None:
+    return None if arguments["hadamard"] else "nothing is transformed"
+
+
 def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
     bound = codec.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
     return "arithmetic bounds it, so that two kernels are as fast" if bound else None
@@ -175,6 +179,7 @@ def _replayed(name: str, op: str, plan: Plan, *required: checks.Check, **options
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _QUANTIZED = (_on_one_gpu, checks.input, _format_known)
+_SCALED = (_on_one_gpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, _producer)
 _OPTIONS = (checks.scale_rule, checks.scalars, _transform_size, checks.rounding, checks.square)
 _ROWS = (_on_one_gpu, checks.input, _matrix, _format_in_rows, checks.scalars, _producer)
 _OPTIONS_OF_ROWS = (checks.scale_rule, _transform_size, checks.rounding)
@@ -209,8 +214,9 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _bound(
         "triton/tensor_scale", "tensor_scale", codec.bind_tensor_scale,
-        _on_one_gpu, checks.input, checks.scale_rule, checks.scalars, _transform_size, _producer,
+        *_SCALED,
     ),
+    _bound("triton/tensor_scale_both", "tensor_scale_both", codec.bind_tensor_scale_both, *_SCALED, _transformed),
     _replayed(
         "triton/quantize_rowwise", "quantize_rowwise", rowwise.plan_quantize_rowwise,
         *_ROWS, *_OPTIONS_OF_ROWS, least=rowwise.LEAST_CAPABILITY,

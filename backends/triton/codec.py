@@ -356,8 +356,10 @@ def plan_dequantize(
 
 
 @lru_cache(maxsize=4096)
-def _scaling(shape: torch.Size, format: str, axis: int, hadamard: int, producer: str) -> tuple[Launch, Launch]:
-    """What calls of `tensor_scale` share: the maxima of all tiles, then of those."""
+def _scaling(
+    shape: torch.Size, format: str, axis: int, hadamard: int, producer: str, both: bool
+) -> tuple[Launch, Launch]:
+    """What calls of `tensor_scale`, or of `tensor_scale_both`, share: the maxima of all tiles, then of those."""
     fmt = FORMATS[format]
     if hadamard or producer:
         length = hadamard or _EDGE  # rows are cut into runs: where a run lies is known per run, not per element
@@ -374,7 +376,7 @@ def _scaling(shape: torch.Size, format: str, axis: int, hadamard: int, producer:
     constants = {"TOP": E4M3_MAX * fmt.element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
     return (
         Launch(_KERNELS, "amax", grid, arguments, largest, warps),
-        Launch(_KERNELS, "tensor_scale", 1, {"count": grid}, constants, 8),
+        Launch(_KERNELS, "tensor_scale", 1 + both, {"count": grid}, constants, 8),
     )
 
 
@@ -392,10 +394,40 @@ def plan_tensor_scale(
 
     It is the same under every scale rule that the kernels have.
     """
-    amax, last = _scaling(x.shape, format, axis % x.dim(), hadamard, producer)
-    y, partial = x.new_empty((), dtype=torch.float32), x.new_empty((amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
-    return [(amax, given), (last, {"partial_ptr": partial, "y_ptr": y})], y
+    launches, (y,) = _plan_scales(
+        x, _scaling(x.shape, format, axis % x.dim(), hadamard, producer, False), sign_seed, operands
+    )
+    return launches, y
+
+
+def plan_tensor_scale_both(
+    x: Tensor,
+    format: str,
+    axis: int,
+    hadamard: int,
+    sign_seed: Tensor | None,
+    producer: str = "",
+    scale_rule: str | None = None,
+    **operands: Tensor | None,
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The two launches of the op `tensor_scale_both` on contiguous tensors with their arguments, and its results."""
+    return _plan_scales(x, _scaling(x.shape, format, axis % x.dim(), hadamard, producer, True), sign_seed, operands)
+
+
+def _plan_scales(
+    x: Tensor, launches: tuple[Launch, Launch], sign_seed: Tensor | None, operands: Mapping[str, Tensor | None]
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """Launches with their arguments, and as many results as the last one has programs: of x as it is first."""
+    amax, last = launches
+    memory = [
+        (x.new_empty((amax.grid,), dtype=torch.int32), x.new_empty((), dtype=torch.float32)) for _ in range(last.grid)
+    ]
+    partial, y = memory[-1]
+    plain, y_plain = memory[0] if len(memory) > 1 else (None, None)
+    maxima = {"partial_ptr": partial, "plain_ptr": plain}
+    given = {"x_ptr": x, "sign_seed_ptr": sign_seed, **maxima, **pointers(operands)}
+    scales = {**maxima, "y_ptr": y, "y_plain_ptr": y_plain}
+    return [(amax, given), (last, scales)], tuple(scale for _, scale in memory)
 
 
 @lru_cache(maxsize=4096)
@@ -568,9 +600,21 @@ def _dense(x: Tensor) -> Tensor:
     return contiguous(x.permute(order))
 
 
+def _one(x: Tensor, *_: Any) -> Tensor:
+    """The scale of a tensor without elements."""
+    return torch.ones((), dtype=torch.float32, device=x.device)
+
+
 def bind_tensor_scale(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
     """The op `tensor_scale` for calls like this one."""
     if not arguments["x"].numel():
-        return lambda x, *_: torch.ones((), dtype=torch.float32, device=x.device)
+        return _one
     in_order = arguments["hadamard"] or arguments["producer"]
     return Replay(plan_tensor_scale, arguments, contiguous if in_order else _dense)
+
+
+def bind_tensor_scale_both(arguments: Mapping[str, Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op `tensor_scale_both` for calls like this one."""
+    if not arguments["x"].numel():
+        return lambda x, *_: (_one(x), _one(x))
+    return Replay(plan_tensor_scale_both, arguments)

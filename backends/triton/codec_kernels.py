@@ -895,6 +895,14 @@ def dequantize(
     _store(y_ptr, y.reshape([L, K]), batch, lane0, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
 
 
+@triton.jit
+def _largest_finite(x):
+    """The bits of the largest finite magnitude of a tile."""
+    bits = to_bits(x) & 0x7FFFFFFF
+    bits = tl.where(bits < INF, bits, 0)
+    return tl.max(tl.max(bits, axis=1), axis=0)
+
+
 @triton.jit(do_not_specialize=["sign_stream"])
 def amax(
     x_ptr,
@@ -903,6 +911,7 @@ def amax(
     p3,
     p4,
     partial_ptr,
+    plain_ptr,
     sign_seed_ptr,
     lanes,
     size,
@@ -921,19 +930,18 @@ def amax(
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The bits of the largest finite magnitude of each tile."""
+    """The bits of the largest finite magnitude of each tile; in `plain`, if wanted, of that before its transform."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
+    if plain_ptr is not None:
+        tl.store(plain_ptr + tl.program_id(0), _largest_finite(x))
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
-    bits = to_bits(x) & 0x7FFFFFFF
-    bits = tl.where(bits < INF, bits, 0)
-    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
+    tl.store(partial_ptr + tl.program_id(0), _largest_finite(x))
 
 
-@triton.jit(do_not_specialize=["count"])
-def tensor_scale(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr):
-    """The tensor scale from the maxima of all tiles, in one program."""
+@triton.jit
+def _scale_of(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr):
     at = tl.arange(0, CHUNK)
     most = tl.zeros([CHUNK], tl.int32)
     start = 0
@@ -943,3 +951,15 @@ def tensor_scale(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constex
     amax = from_bits(tl.max(most, axis=0))
     scale = tl.maximum(tl.div_rn(amax, TOP), LEAST)
     tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))
+
+
+@triton.jit(do_not_specialize=["count"])
+def tensor_scale(
+    partial_ptr, y_ptr, plain_ptr, y_plain_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The tensor scale from the maxima of all tiles, in one program; a second one takes those before a transform."""
+    if tl.program_id(0) == 0:
+        _scale_of(partial_ptr, y_ptr, count, TOP, LEAST, CHUNK)
+    else:
+        if plain_ptr is not None:
+            _scale_of(plain_ptr, y_plain_ptr, count, TOP, LEAST, CHUNK)

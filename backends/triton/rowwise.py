@@ -322,4 +322,4 @@ def bind_mm_rowwise(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
 def notes() -> list[str]:
     """What a report says of the GEMMs that ran so far; waits for the device."""
     taken, total = (sum(int(each[i]) for each in COUNTS.values()) for i in (0, 1))
-    return [f"exact path taken by {taken} of {total} row-wise scaled FP8 GEMMs"] if total else []
+    return [f"exact path taken by {taken} of {total} row-wise scaled FP8 GEMMs so far"] if total else []

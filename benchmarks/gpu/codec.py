@@ -6,9 +6,10 @@ measured apart, on a small matrix. GB/s counts bytes read and written, far more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from benchmarks.cpu_codec import PEERS
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet, absent, middle
 from benchmarks.gpu.timing import compare, host_microseconds
+from fp4compile.backends.triton.codec import arithmetic_bounds
 from fp4compile.dispatch import install_kernels
 from fp4compile.formats import FORMATS
 from fp4compile.recipe import RECIPES, Operand
@@ -63,12 +65,18 @@ def specs(format: str) -> dict[str, tuple[Operand, Bar | None]]:
     return {**asked, ", squares": (replace(plain, block_2d=True), None)} if FORMATS[format].block_2d else asked
 
 
+def _options(spec: Operand) -> dict[str, Any]:
+    """Of one operand, as arguments of `fake_quantize`."""
+    return {name: getattr(spec, name) for name in ("rounding", "scale_rule", "block_2d", "hadamard")}
+
+
 def fake_quantize_cases(x: Tensor, format: str, axis: int) -> Iterator[Case]:
     """`fake_quantize` in every way that a recipe may ask for."""
     scale, seed = _tensor_scale(x, format), torch.tensor(1234, device=x.device)
     for label, (spec, bar) in specs(format).items():
-        options = {name: getattr(spec, name) for name in ("rounding", "scale_rule", "block_2d", "hadamard")}
-        call = partial(torch.ops.fp4compile.fake_quantize, x, format, axis, tensor_scale=scale, seed=seed, **options)
+        call = partial(
+            torch.ops.fp4compile.fake_quantize, x, format, axis, tensor_scale=scale, seed=seed, **_options(spec)
+        )
         yield Case(f"{format} {AXES[axis]}{label}", call, 2 * x.nbytes, bar)
 
 
@@ -81,23 +89,27 @@ def _gradients(format: str) -> tuple[Operand, Operand]:
 
 
 def both_axes_cases(x: Tensor, format: str) -> Iterator[Case]:
-    """`fake_quantize_both`: one read of x, two results."""
-    scale, seed = _tensor_scale(x, format), torch.tensor(1234, device=x.device)
-    plain = Operand(format)
+    """Two results of one x: by one read where a kernel does that, else by a launch for each."""
+    ops, scale, seed = torch.ops.fp4compile, _tensor_scale(x, format), torch.tensor(1234, device=x.device)
+    plain, names = Operand(format), ("rounding", "hadamard", "block_2d")
     for label, pair in {"": (plain, plain), f", gradient of {format}": _gradients(format)}.items():
-        options = {name: [getattr(s, name) for s in pair] for name in ("rounding", "hadamard", "block_2d")}
-        call = partial(
-            torch.ops.fp4compile.fake_quantize_both,
-            x,
-            format,
-            pair[0].scale_rule,
-            stream=[0, 1],
-            tensor_scale_0=scale,
-            tensor_scale_1=scale,
-            seed=seed,
-            **options,
-        )
+        given = {"x": x, "format": format, "seed": seed}
+        options = {name: [getattr(spec, name) for spec in pair] for name in names}
+        scales = {f"tensor_scale_{axis}": scale for axis in (0, 1)}
+        rule = pair[0].scale_rule
+        call = partial(ops.fake_quantize_both, **given, **options, **scales, scale_rule=rule, stream=[0, 1])
+        if arithmetic_bounds(**{name: options[name] for name in ("rounding", "hadamard")}):
+            singles = [
+                partial(ops.fake_quantize, axis=axis, tensor_scale=scale, **given, **_options(spec))
+                for axis, spec in enumerate(pair)
+            ]
+            label, call = f"{label}, two launches", partial(_in_turn, singles)
         yield Case(f"{format} both axes{label}", call, 3 * x.nbytes, BUSY)
+
+
+def _in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def packing_cases(x: Tensor, format: str, axis: int) -> Iterator[Case]:

@@ -21,14 +21,23 @@ from torch import Tensor
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.checks import SCALE_RULES
-from fp4compile.backends.triton import codec, launch
+from fp4compile.backends.triton import codec, launch, replay
+from fp4compile.backends.triton.replay import Plan
 from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
 from fp4compile.producer import FUNCTIONS
 from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import left_to_the_reference
 
-CODECS = ("fake_quantize", "fake_quantize_both", "fake_quantize_each", "quantize", "dequantize", "tensor_scale")
+CODECS = (
+    "fake_quantize",
+    "fake_quantize_both",
+    "fake_quantize_each",
+    "quantize",
+    "dequantize",
+    "tensor_scale",
+    "tensor_scale_both",
+)
 KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.op in CODECS}
 NAMES = ("hif4", "mxfp4", "nvfp4")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
@@ -148,9 +157,9 @@ class TestOnGpu:
         import fp4compile
 
         ran: list[str] = []
-        run = codec.run
-        monkeypatch.setattr(codec, "run", lambda each, *rest: (ran.append(each.kernel), run(each, *rest)))
-        x = torch.randn(64, 128)
+        run = replay.run
+        monkeypatch.setattr(replay, "run", lambda each, *rest: (ran.append(each.kernel), run(each, *rest)))
+        x = torch.randn(61, 77)  # of this size for the first time: later calls are replayed
         got = fp4compile.fake_quantize(x.cuda(), "nvfp4", axis=0)
         assert_same(got, fp4compile.fake_quantize(x, "nvfp4", axis=0))
         assert ran == ["amax", "tensor_scale", "fake_quantize"]
@@ -322,8 +331,8 @@ def decoding(format: str, axis: int) -> list[Planned]:
     return list(codec.plan_dequantize(codes, scales, None, format, axis, (256, 512)[axis], False, torch.bfloat16)[0])
 
 
-def scaling(axis: int, hadamard: int) -> list[Planned]:
-    return list(codec.plan_tensor_scale(meta(256, 512), "nvfp4", axis, hadamard, None)[0])
+def scaling(axis: int, hadamard: int, plan: Plan = codec.plan_tensor_scale) -> list[Planned]:
+    return [(launch, dict(given)) for launch, given in plan(meta(256, 512), "nvfp4", axis, hadamard, None)[0]]
 
 
 COMPILED: dict[str, Callable[[], list[Planned]]] = {
@@ -340,6 +349,10 @@ COMPILED: dict[str, Callable[[], list[Planned]]] = {
     "mxfp4 each of columns, stochastic": lambda: each("mxfp4", 0, rounding=["stochastic"] * 3, seed=SEED),
     "decoding": lambda: [*decoding("hif4", 1), *decoding("nvfp4", 0)],
     "tensor scale": lambda: [*scaling(0, 0), *scaling(0, 16)],
+    "tensor scales": lambda: [
+        *scaling(0, 16, codec.plan_tensor_scale_both),
+        *scaling(1, 16, codec.plan_tensor_scale_both),
+    ],
     "64-bit offsets": lambda: quantizing(meta(2**16 + 64, 2**15), "mxfp4", 0)[:1],
 }
 

@@ -19,6 +19,7 @@ from tests.compile.common import LlamaBlock, Step, build, compiled, randn, relat
 
 CLAIMED = (
     "tensor_scale",
+    "tensor_scale_both",
     "fake_quantize",
     "fake_quantize_both",
     "quantize_rowwise",

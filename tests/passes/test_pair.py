@@ -37,6 +37,19 @@ def test_each_gradient_is_read_once_and_no_bit_changes(recipe: str) -> None:
     assert found.text == text
 
 
+def test_both_tensor_scales_of_a_gradient_come_from_one_read() -> None:
+    found = training("nvfp4").until("fuse")
+    before, single = found.execute(), len(found.calls("tensor_scale"))
+    found.context.backend = Claims(tensor_scale_both=everything)
+    gradients = sum(site.status == "fp4" for site in found.sites if site.role == "wgrad")
+    assert found.run("pair") == gradients > 0
+    pairs = found.calls("tensor_scale_both")
+    assert len(pairs) == gradients
+    assert all(node.meta["partitioner_tag"] == "must_be_in_backward" for node in pairs)
+    assert len(found.calls("tensor_scale")) == single - 2 * gradients
+    assert same_bits(found.execute(), before)
+
+
 def test_only_the_backward_pairs_and_stays_there() -> None:
     found = training("hif4-plain").until("pair")
     for node in found.calls("fake_quantize_both"):

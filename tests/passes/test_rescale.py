@@ -202,7 +202,7 @@ def test_a_step_trains_as_the_quantised_form_does(backend: str, recipe: str, mon
         monkeypatch.setattr(rowwise, "COUNTS", {torch.device("cpu"): torch.tensor([2, 6])})
         report = last_report()
     assert report is not None
-    counted = "exact path taken by 2 of 6 row-wise scaled FP8 GEMMs" in report.notes
+    counted = "exact path taken by 2 of 6 row-wise scaled FP8 GEMMs so far" in report.notes
     assert counted == (backend == "inductor")
     assert all("claimed/mm_rowwise" in site.kernel for site in report.sites)
     assert len(got) == len(expected) == 5

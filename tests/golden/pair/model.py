@@ -7,7 +7,7 @@ from tests.claims import everything
 
 RECIPE = "nvfp4"
 TRAIN = True
-CLAIMS = {"fake_quantize_both": everything}
+CLAIMS = {"fake_quantize_both": everything, "tensor_scale_both": everything}
 
 
 class Model(nn.Module):
