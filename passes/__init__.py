@@ -5,6 +5,7 @@ if __name__ != "fp4compile.passes":
 
 from fp4compile.passes.absorb import Absorb
 from fp4compile.passes.annotate import Annotate
+from fp4compile.passes.bundle import Bundle
 from fp4compile.passes.canonicalise import Canonicalise
 from fp4compile.passes.find_sites import FindSites
 from fp4compile.passes.fold import Fold
@@ -39,6 +40,7 @@ PIPELINE = (
     RescaleGroups(),  # before rescale, which reports the grouped GEMMs that are left
     Rescale(),  # after pack: FP4 tensor cores are faster still
     Pair(),  # what is left of fake quantisation is read from one tensor
+    Bundle(),  # after pair and rescale, whose ops it takes apart where reading their input's own inputs is cheaper
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
     Legalise(),
 )
@@ -47,6 +49,7 @@ __all__ = [
     "PIPELINE",
     "Absorb",
     "Annotate",
+    "Bundle",
     "Canonicalise",
     "FindSites",
     "Fold",

@@ -1,0 +1,311 @@
+"""Bundle quantisations of tensors that are computed from the same ones: per axis one op, which reads those once.
+
+    %dgate, %dup, %h = ... of %gate, %up and %dh          # the backward of a SwiGLU, and its output
+    fake_quantize_both(%dgate, 'hif4', ...), fake_quantize_both(%dup, 'hif4', ...), fake_quantize(%h, 'hif4', 0)
+    ->
+    fake_quantize_each(%gate, 'hif4', 0, [...], p1=%up, p2=%dh, producer='full full full: ... -> t15 t6 t16')
+    fake_quantize_each(%gate, 'hif4', 1, [...], p1=%up, p2=%dh, producer='full full full: ... -> t15 t6')
+
+None of the tensors is written then. It happens within one half of the step, where all readers of a tensor there can
+join and fewer bytes move than by writing the tensors, or computing each for itself as `absorb` would. Users of a result
+that stand in front of what the others are computed from move behind it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import networkx as nx
+from torch.fx import Graph, GraphModule, Node
+
+from fp4compile.elementwise import Produced, Refused, Survey
+from fp4compile.formats import FORMATS
+from fp4compile.graph import below_views, is_backward
+from fp4compile.ops import BY_OVERLOAD, OPS
+from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
+from fp4compile.pipeline import Context
+from fp4compile.rewrite import arguments, call
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What ops of one kind share in a group, and what each of its tensors has of its own.
+
+    Attributes:
+        parts: tensors that one quantisation makes.
+    """
+
+    shared: tuple[str, ...]
+    own: tuple[str, ...]
+    parts: int
+
+
+# By the op for one tensor; `<name>_both` does two of them along both axes, `<name>_each` those of a group.
+_KINDS: Mapping[str, _Kind] = {
+    "fake_quantize": _Kind(
+        ("format", "axis", "scale_rule", "hadamard", "sign_seed", "fold"), ("rounding", "stream", "tensor_scale"), 1
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """One quantisation along one axis.
+
+    Attributes:
+        kind: the name of the op that does it alone.
+        given: its arguments.
+        first: the number of its first result among those of the node; None where the node is the result.
+    """
+
+    node: Node
+    kind: str
+    given: Mapping[str, Any]
+    first: int | None
+
+    @property
+    def x(self) -> Node:
+        """What is quantised."""
+        return cast(Node, self.given["x"])
+
+    @property
+    def root(self) -> Node:
+        """What is quantised, below views."""
+        return below_views(self.x)
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What has to be the same of those that one op does."""
+        return self.kind, self.x.meta["val"].dtype, *(self.given[name] for name in _KINDS[self.kind].shared)
+
+    def replace(self, results: Sequence[Node]) -> None:
+        """Have others read these results."""
+        if self.first is None and len(results) == 1:
+            self.node.replace_all_uses_with(results[0])
+            return
+        for item in list(self.node.users):
+            number = cast(int, item.args[1]) - (self.first or 0)
+            if 0 <= number < len(results):
+                item.replace_all_uses_with(results[number])
+                self.node.graph.erase_node(item)
+
+
+def _reads(node: Node) -> list[_Read]:
+    """The quantisations that a node does, along one axis or both.
+
+    Raises:
+        Refused: no op does them for several tensors.
+    """
+    kind, both, _ = BY_OVERLOAD[node.target].name.partition("_both")
+    if kind not in _KINDS:
+        raise Refused(f"{node} stands alone")
+    given = arguments(node)
+    if not both:
+        return [_read(node, kind, {**given, "axis": given["axis"] % 2}, None)]
+    pairs = {name for name, value in given.items() if isinstance(value, list | tuple)}
+    found = []
+    for axis in (0, 1):
+        one = {**given, **{name: given[name][axis] for name in pairs}, "axis": axis}
+        one["tensor_scale"] = given.get(f"tensor_scale_{axis}")
+        found.append(_read(node, kind, one, axis * _KINDS[kind].parts))
+    return found
+
+
+def _read(node: Node, kind: str, given: dict[str, Any], first: int | None) -> _Read:
+    if given.get("block_2d"):
+        raise Refused(f"{node} has 2-D blocks")
+    given["scale_rule"] = FORMATS[given["format"]].rule(given["scale_rule"])
+    return _Read(node, kind, given, first)
+
+
+# --- what to bundle --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The groups of a bundle, and how the tensors of each are computed."""
+
+    groups: list[tuple[list[_Read], Produced]]
+
+
+def _width(nodes: Iterable[Node]) -> int:
+    """Bytes of one element of each of some tensors."""
+    return sum(node.meta["val"].itemsize for node in nodes)
+
+
+def _members(consumers: Iterable[Node], survey: Survey) -> Iterator[tuple[Node, list[_Read], Produced]]:
+    """Tensors that a bundle may compute: each with all its readers in this half."""
+    found: defaultdict[Node, list[Node]] = defaultdict(list)
+    for node in consumers:
+        found[below_views(cast(Node, node.args[0]))].append(node)
+    for root, nodes in found.items():
+        try:
+            check_only_quantised(root)
+            reads = [read for node in nodes for read in _reads(node)]
+            yield root, reads, survey.produced(reads[0].x)
+        except Refused:
+            continue
+
+
+def _bundles(members: Iterable[tuple[Node, list[_Read], Produced]]) -> Iterator[dict[Node, list[_Read]]]:
+    """Members that are tied by tensors that they are computed from."""
+    ties, reads_of = nx.Graph(), {}
+    for root, reads, produced in members:
+        reads_of[root] = reads
+        ties.add_edges_from((("made", root), ("read", tensor)) for tensor in produced.tensors)
+    for tied in nx.connected_components(ties):
+        yield {root: reads for root, reads in reads_of.items() if ("made", root) in tied}
+
+
+def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) -> _Plan:
+    """How to bundle.
+
+    Args:
+        alone: ops that `absorb` would have compute what they quantise.
+
+    Raises:
+        Refused: a producer cannot be, or nothing is gained.
+    """
+    by_group: defaultdict[tuple[Any, ...], list[_Read]] = defaultdict(list)
+    for reads in bundle.values():
+        for read in reads:
+            by_group[read.group].append(read)
+    groups = [(reads, survey.produced(*(read.x for read in reads))) for reads in by_group.values()]
+    if len(groups) == sum(map(len, bundle.values())):
+        raise Refused("no two tensors share an op")
+    now, written = 0, []
+    for root, reads in bundle.items():
+        nodes = {read.node for read in reads}
+        if nodes <= alone:
+            now += len(nodes) * _width(survey.produced(reads[0].x).tensors)
+        else:
+            now += _width([root]) * (1 + len(nodes))
+            written.append(reads[0].x)
+    if written:
+        now += _width({tensor for x in written for tensor in survey.produced(x).tensors})
+    then = sum(_width(produced.tensors) for _, produced in groups)
+    if then >= now:
+        raise Refused(f"{then} bytes an element are no less than {now}")
+    late = [node for _, produced in groups for node in survey.kept_longer(produced)]
+    if late and is_backward(groups[0][0][0].node):
+        raise Refused(f"the backward would have to keep {late[0]}")
+    _check_order(groups)
+    return _Plan(groups)
+
+
+def _check_order(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
+    """Refuse a bundle of which one tensor is computed from what another one's quantisation leads to."""
+    replaced = {read.node for reads, _ in groups for read in reads}
+    stack = [node for _, produced in groups for node in produced.operands]
+    stack += [n for node in replaced for n in node.all_input_nodes if n not in replaced]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in replaced:
+            raise Refused(f"{node} comes before what it would be bundled with")
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+
+
+# --- the rewrite -----------------------------------------------------------------------------------------------------
+
+
+def _op(graph: Graph, reads: Sequence[_Read], produced: Produced) -> Node:
+    """The op of one group, in front of the last of what it replaces."""
+    kind, first, like = _KINDS[reads[0].kind], reads[0], max(read.node for read in reads)
+    op = OPS[first.kind if len(reads) == 1 else f"{first.kind}_each"]
+    given = {name: first.given[name] for name in kind.shared}
+    for name in kind.own:
+        own = [read.given[name] for read in reads]
+        each = {f"{name}_{i}": value for i, value in enumerate(own)} if f"{name}_0" in op.signature.parameters else {}
+        given |= each or {name: own if len(reads) > 1 else own[0]}
+    seeds = {read.given["seed"] for read in reads if read.given.get("rounding", "nearest") != "nearest"}
+    if len(seeds) > 1:
+        raise Refused("they have different seeds")
+    if seeds:
+        given["seed"] = seeds.pop()
+    with graph.inserting_before(like):
+        given |= produced.arguments(graph, first.x, like)
+        required = [p.name for p in op.signature.parameters.values() if p.default is p.empty]
+        defaults = {p.name: p.default for p in op.signature.parameters.values()}
+        options = {n: v for n, v in given.items() if n not in required and (isinstance(v, Node) or v != defaults[n])}
+        return call(graph, op.overload, tuple(given[name] for name in required), like, **options)
+
+
+def _rewrite(graph: Graph, plan: _Plan, context: Context) -> int:
+    """Put the ops of all groups in place, if there is a kernel for each; their number."""
+    made: list[Node] = []
+    try:
+        for reads, produced in plan.groups:
+            made.append(_op(graph, reads, produced))
+            if not context.has_kernel(made[-1]):
+                raise Refused("no kernel")
+    except Refused:
+        for node in made:
+            graph.erase_node(node)
+        return 0
+    for (reads, _), node in zip(plan.groups, made, strict=True):
+        parts = _KINDS[reads[0].kind].parts
+        items = [node]
+        if len(reads) * parts > 1:
+            with graph.inserting_before(node.next):
+                items = [call(graph, operator.getitem, (node, n), node) for n in range(len(reads) * parts)]
+        for i, read in enumerate(reads):
+            read.replace(items[i * parts : (i + 1) * parts])
+    for node in {read.node for reads, _ in plan.groups for read in reads}:
+        graph.erase_node(node)
+    return len(made)
+
+
+def _sort(graph: Graph) -> None:
+    """Move every node behind all that it reads, and nothing else."""
+    waiting: defaultdict[Node, list[Node]] = defaultdict(list)
+    placed: set[Node] = set()
+    last: Node | None = None
+    for first in list(graph.nodes):
+        ready = [first]
+        while ready:
+            node = ready.pop()
+            missing = next((n for n in node.all_input_nodes if n not in placed), None)
+            if missing is not None:
+                waiting[missing].append(node)
+                continue
+            if last is not None and last.next is not node:
+                last.append(node)
+            placed.add(node)
+            last = node
+            ready += reversed(waiting.pop(node, []))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Let one op per axis quantise all tensors that are computed from the same ones."""
+
+    name: ClassVar[str] = "bundle"
+    needs: ClassVar[tuple[str, ...]] = ("fused",)
+    gives: ClassVar[tuple[str, ...]] = ("bundled",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        graph = graph_module.graph
+        consumers = consumers_of(graph)
+        if not consumers:
+            return 0
+        survey = Survey.of(graph)
+        alone = set(absorbed(consumers, survey))
+        done = 0
+        for half in (False, True):
+            inside = [node for node in consumers if is_backward(node) is half]
+            for bundle in list(_bundles(_members(inside, survey))):
+                try:
+                    plan = _plan(bundle, alone, survey)
+                except Refused:
+                    continue
+                done += _rewrite(graph, plan, context)
+        if done:
+            _sort(graph)
+        return done
