@@ -95,7 +95,8 @@ class Survey:
         shape = xs[0].meta["val"].shape
         if len(shape) != 2 or any(x.meta["val"].shape != shape for x in xs):
             raise Refused("no matrices of one shape")
-        builder = _Builder(*shape, self.below)
+        rows, columns = shape
+        builder = _Builder(rows, columns, self.below)
         return builder.build([builder.result(below_views(x)) for x in xs])
 
     def kept_longer(self, produced: Produced) -> list[Node]:

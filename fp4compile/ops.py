@@ -82,6 +82,15 @@ _ROWS = (
         samples.tensor_scale_both,
     ),
     Op(
+        # Of every tensor that the producer makes, transformed along the axis by its own size; 0: as it is.
+        "tensor_scale_each",
+        f"(Tensor x, str format, int axis, int[] hadamard, Tensor? sign_seed=None, {_PRODUCER_ARGS}, "
+        "str? scale_rule=None) -> Tensor[]",
+        reference.tensor_scale_each,
+        lambda x, format, axis, hadamard, *args, **kwargs: [x.new_empty((), dtype=torch.float32) for _ in hadamard],
+        samples.tensor_scale_each,
+    ),
+    Op(
         "quantize",
         f"({_QUANTIZE_ARGS}, ScalarType? dtype=None) -> (Tensor, Tensor)",
         reference.quantize,

@@ -95,6 +95,27 @@ def tensor_scale_both(
     )
 
 
+def tensor_scale_each(
+    x: Tensor,
+    format: str,
+    axis: int,
+    hadamard: Sequence[int],
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+    scale_rule: str | None = None,
+) -> list[Tensor]:
+    """`tensor_scale` of every tensor that a producer makes, each under its own transform or none."""
+    made = produce_each(x, (p1, p2, p3, p4), producer)
+    return [
+        tensor_scale(each, format, axis, size, sign_seed, scale_rule=scale_rule)
+        for each, size in zip(made, hadamard, strict=True)
+    ]
+
+
 def quantize(
     x: Tensor,
     format: str,

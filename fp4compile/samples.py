@@ -175,6 +175,19 @@ def _produced_groups() -> Iterator[tuple[dict[str, Any], int]]:
         yield {"x": x, "p1": _tensor(rows, 1, seed=2), "p2": gate, "producer": _THREE}, 3
 
 
+def tensor_scale_each() -> Iterator[Mapping[str, Any]]:
+    """Samples of `tensor_scale_each`."""
+    for name, fmt in FORMATS.items():
+        if fmt.has_tensor_scale:
+            for given, results in _produced_groups():
+                twice = f"{given['producer']} {given['producer'].split()[-1]}"
+                for axis in (0, 1):
+                    base = {**given, "format": name, "axis": axis}
+                    yield {**base, "hadamard": [0] * results}
+                    yield {**base, "hadamard": [16, 0, 16][:results], "scale_rule": fmt.scale_rules[-1]}
+                    yield {**base, "hadamard": [32] * results + [0], "producer": twice, "sign_seed": _SEED}
+
+
 def fake_quantize_each() -> Iterator[Mapping[str, Any]]:
     """Samples of `fake_quantize_each`."""
     for name, fmt in FORMATS.items():

@@ -49,6 +49,7 @@ _KINDS: Mapping[str, _Kind] = {
     "fake_quantize": _Kind(
         ("format", "axis", "scale_rule", "hadamard", "sign_seed", "fold"), ("rounding", "stream", "tensor_scale"), 1
     ),
+    "tensor_scale": _Kind(("format", "axis", "scale_rule", "sign_seed"), ("hadamard",), 1),
 }
 
 
@@ -106,13 +107,13 @@ def _reads(node: Node) -> list[_Read]:
     given = arguments(node)
     if not both:
         return [_read(node, kind, {**given, "axis": given["axis"] % 2}, None)]
-    pairs = {name for name, value in given.items() if isinstance(value, list | tuple)}
-    found = []
-    for axis in (0, 1):
-        one = {**given, **{name: given[name][axis] for name in pairs}, "axis": axis}
-        one["tensor_scale"] = given.get(f"tensor_scale_{axis}")
-        found.append(_read(node, kind, one, axis * _KINDS[kind].parts))
-    return found
+    if kind == "tensor_scale":  # of x as it is, and transformed
+        ones = [{**given, "hadamard": 0}, given]
+    else:
+        pairs = {name for name, value in given.items() if isinstance(value, list | tuple)}
+        ones = [{**given, **{name: given[name][axis] for name in pairs}, "axis": axis} for axis in (0, 1)]
+        ones = [{**one, "tensor_scale": given.get(f"tensor_scale_{axis}")} for axis, one in enumerate(ones)]
+    return [_read(node, kind, one, number * _KINDS[kind].parts) for number, one in enumerate(ones)]
 
 
 def _read(node: Node, kind: str, given: dict[str, Any], first: int | None) -> _Read:
@@ -201,7 +202,9 @@ def _check_order(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
     """Refuse a bundle of which one tensor is computed from what another one's quantisation leads to."""
     replaced = {read.node for reads, _ in groups for read in reads}
     stack = [node for _, produced in groups for node in produced.operands]
-    stack += [n for node in replaced for n in node.all_input_nodes if n not in replaced]
+    # Tensor scales among them are replaced in front.
+    results = replaced | {item for node in replaced for item in node.users if item.target is operator.getitem}
+    stack += [n for node in replaced for n in node.all_input_nodes if n not in results]
     seen: set[Node] = set()
     while stack:
         node = stack.pop()

@@ -78,11 +78,19 @@ def _producer(arguments: Mapping[str, Any]) -> str | None:
     return produce.refusal(arguments["producer"])
 
 
-def _producer_of_each(arguments: Mapping[str, Any]) -> str | None:
-    results = len(arguments["rounding"])
-    if not 2 <= results <= codec.MOST_RESULTS:
-        return f"{results} tensors, not 2 to {codec.MOST_RESULTS}"
-    return produce.refusal(arguments["producer"], results)
+def _results(name: str, most: int) -> checks.Check:
+    """A check that a producer makes as many tensors as there are options of a name, and a kernel can take them."""
+
+    def results(arguments: Mapping[str, Any]) -> str | None:
+        wanted = len(arguments[name])
+        return produce.refusal(arguments["producer"], wanted) if 1 < wanted <= most else f"{wanted} of 2 to {most}"
+
+    return results
+
+
+def _one_transform(arguments: Mapping[str, Any]) -> str | None:
+    sizes = set(arguments["hadamard"]) - {0}
+    return f"transforms of sizes {sorted(sizes)}" if len(sizes) > 1 else None
 
 
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
@@ -100,13 +108,13 @@ def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
     return "arithmetic bounds it, so that two kernels are as fast" if bound else None
 
 
-def _of_each(*required: checks.Check) -> checks.Check:
-    """A check of several tensors with an option each, by checks of one."""
+def _of_each(name: str, *required: checks.Check) -> checks.Check:
+    """A check of several tensors, as many as there are options of a name, by checks of one."""
 
     def of_each(arguments: Mapping[str, Any]) -> str | None:
         lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
-        for i in range(len(arguments["rounding"])):
-            one = {**arguments, **{name: values[i] for name, values in lists.items()}}
+        for i in range(len(arguments[name])):
+            one = {**arguments, **{n: values[i] for n, values in lists.items()}}
             one["tensor_scale"] = arguments.get(f"tensor_scale_{i}")
             reason = next(filter(None, (check(one) for check in required)), None)
             if reason is not None:
@@ -205,7 +213,13 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _replayed(
         "triton/fake_quantize_each", "fake_quantize_each", codec.plan_fake_quantize_each,
-        *_QUANTIZED, _producer_of_each, checks.scale_rule, _transform_size, _of_each(checks.scalars, checks.rounding),
+        *_QUANTIZED, _matrix, _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
+        _of_each("rounding", checks.scalars, checks.rounding),
+    ),
+    _replayed(
+        "triton/tensor_scale_each", "tensor_scale_each", codec.plan_tensor_scale_each,
+        _on_one_gpu, checks.input, _matrix, checks.scale_rule, checks.scalars,
+        _results("hadamard", codec.MOST_SCALES), _one_transform, _of_each("hadamard", _transform_size),
     ),
     _replayed("triton/quantize", "quantize", codec.plan_quantize, *_QUANTIZED, *_OPTIONS),
     _replayed(

@@ -60,6 +60,7 @@ COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8, vector=8)
 LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8, vector=8)
 # Of several tensors, whose producer holds all of them in registers, a thread takes fewer elements.
 EACH_COLUMNS = Tile(elements=2048, per_warp=512, least=64, low=8, vector=2)
+LONG_EACH_COLUMNS = Tile(elements=1024, per_warp=1024, least=64, low=8, vector=4)
 _LONG = 64
 # The least edge of a tile that is quantised along both axes. Its threads hold as much as those of COLUMNS.
 _EDGE = 64
@@ -178,6 +179,10 @@ def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool
 
 def _columns(hadamard: int) -> Tile:
     return LONG_COLUMNS if hadamard >= _LONG else COLUMNS
+
+
+def _each_columns(hadamard: int) -> Tile:
+    return LONG_EACH_COLUMNS if hadamard >= _LONG else EACH_COLUMNS
 
 
 def _tile(g: Geometry, scaling: str, run: int, edge: int, columns: Tile) -> tuple[int, dict[str, Any], int]:
@@ -373,11 +378,15 @@ def _scaling(
         tile = {"L": 1, "K": _FLAT, "LOW": 1, "VECTOR": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
     arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
     largest = {**transform(hadamard), **tile, **_producing(shape, producer)}
-    constants = {"TOP": E4M3_MAX * fmt.element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
     return (
         Launch(_KERNELS, "amax", grid, arguments, largest, warps),
-        Launch(_KERNELS, "tensor_scale", 1 + both, {"count": grid}, constants, 8),
+        Launch(_KERNELS, "tensor_scale", 1 + both, {"count": grid}, _scale_constants(format), 8),
     )
+
+
+def _scale_constants(format: str) -> dict[str, Any]:
+    """Of the last step from maxima to a tensor scale."""
+    return {"TOP": E4M3_MAX * FORMATS[format].element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
 
 
 def plan_tensor_scale(
@@ -528,6 +537,7 @@ def plan_fake_quantize_both(
 # --- several tensors of one producer ---------------------------------------------------------------------------------
 
 MOST_RESULTS = 3
+MOST_SCALES = 2 * MOST_RESULTS  # of each as it is, and transformed
 _RESULTS = range(MOST_RESULTS)
 
 
@@ -548,7 +558,7 @@ def _quantizing_each(
     del constants["STOCHASTIC"]
     run = max(constants["BLOCK"], hadamard)
     g = geometry(shape, axis, run, hadamard, False)
-    grid, tile, warps = _tile(g, constants["SCALING"], run, 0, EACH_COLUMNS)
+    grid, tile, warps = _tile(g, constants["SCALING"], run, 0, _each_columns(hadamard))
     arguments |= {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
     arguments |= {f"stream_{i}": signed(stream[i]) if i < len(stream) else 0 for i in _RESULTS}
     constants |= {f"STOCHASTIC_{i}": rounding[i : i + 1] == ("stochastic",) for i in _RESULTS}
@@ -590,6 +600,46 @@ def plan_fake_quantize_each(
         "sign_seed_ptr": sign_seed,
     }
     return [(launch, given)], results
+
+
+@lru_cache(maxsize=4096)
+def _scaling_each(
+    shape: torch.Size, format: str, axis: int, hadamard: tuple[int, ...], producer: str
+) -> tuple[Launch, Launch]:
+    """What calls of `tensor_scale_each` share: the maxima of all tiles, then of those."""
+    size = max(hadamard)
+    run = size or _EDGE
+    g = geometry(shape, axis if size else len(shape) - 1, run, size, False)
+    grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, run, 0, _each_columns(size))
+    arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
+    transformed = sum(1 << i for i, each in enumerate(hadamard) if each)
+    constants = {**transform(size), **tile, **_producing(shape, producer), "TRANSFORMED": transformed}
+    return (
+        Launch(_KERNELS, "amax_each", grid, arguments, constants, warps),
+        Launch(_KERNELS, "tensor_scale_each", len(hadamard), {"count": grid}, _scale_constants(format), 8),
+    )
+
+
+def plan_tensor_scale_each(
+    x: Tensor,
+    format: str,
+    axis: int,
+    hadamard: Sequence[int],
+    sign_seed: Tensor | None,
+    producer: str,
+    scale_rule: str | None,
+    **operands: Tensor | None,
+) -> tuple[Launches, tuple[Tensor, ...]]:
+    """The two launches of the op `tensor_scale_each` on contiguous tensors with their arguments, and its results.
+
+    They are the same under every scale rule that the kernels have.
+    """
+    amax, last = _scaling_each(x.shape, format, axis % x.dim(), tuple(hadamard), producer)
+    results = tuple(x.new_empty((), dtype=torch.float32) for _ in hadamard)
+    partial = x.new_empty((len(hadamard) * amax.grid,), dtype=torch.int32)
+    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
+    written = {f"y_{i}_ptr": results[i] if i < len(results) else None for i in range(MOST_SCALES)}
+    return [(amax, given), (last, {"partial_ptr": partial, **written})], results
 
 
 def _dense(x: Tensor) -> Tensor:

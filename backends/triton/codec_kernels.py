@@ -963,3 +963,64 @@ def tensor_scale(
     else:
         if plain_ptr is not None:
             _scale_of(plain_ptr, y_plain_ptr, count, TOP, LEAST, CHUNK)
+
+
+@triton.jit(do_not_specialize=["sign_stream"])
+def amax_each(
+    x_ptr,
+    p1,
+    p2,
+    p3,
+    p4,
+    partial_ptr,
+    sign_seed_ptr,
+    lanes,
+    size,
+    padded,
+    sign_stream,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TRANSFORMED: tl.constexpr,
+    PRODUCE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`amax` of every result of PRODUCE, one behind the other; bit i of TRANSFORMED: under the transform."""
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    made = _produced(
+        x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
+    )  # fmt: skip
+    for i in tl.static_range(len(made)):
+        x = _to_lanes(made[i], L, K, COLUMNS)
+        if (TRANSFORMED >> i) & 1:
+            x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
+        tl.store(partial_ptr + i * tl.num_programs(0) + tl.program_id(0), _largest_finite(x))
+
+
+@triton.jit(do_not_specialize=["count"])
+def tensor_scale_each(
+    partial_ptr,
+    y_0_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    y_3_ptr,
+    y_4_ptr,
+    y_5_ptr,
+    count,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The tensor scales from the maxima that `amax_each` found, one in each program."""
+    pointers = (y_0_ptr, y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, y_5_ptr)
+    for i in tl.static_range(6):
+        if pointers[i] is not None:  # noqa: SIM102, known when this is compiled
+            if tl.program_id(0) == i:
+                _scale_of(partial_ptr + i * count, pointers[i], count, TOP, LEAST, CHUNK)

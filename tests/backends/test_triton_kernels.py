@@ -37,6 +37,7 @@ CODECS = (
     "dequantize",
     "tensor_scale",
     "tensor_scale_both",
+    "tensor_scale_each",
 )
 KERNELS = {kernel.op: kernel for kernel in table.KERNELS if kernel.op in CODECS}
 NAMES = ("hif4", "mxfp4", "nvfp4")

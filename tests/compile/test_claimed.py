@@ -22,6 +22,8 @@ CLAIMED = (
     "tensor_scale_both",
     "fake_quantize",
     "fake_quantize_both",
+    "fake_quantize_each",
+    "tensor_scale_each",
     "quantize_rowwise",
     "quantize_rowwise_both",
     "mm_rowwise",

@@ -18,7 +18,16 @@ from tests.compile.common import LlamaBlock, build
 from tests.helpers import NAMES, Captured, capture, randn, same_bits, trace
 
 ops = torch.ops.fp4compile
-CLAIMED = ("fake_quantize", "fake_quantize_both", "fake_quantize_each", "tensor_scale")
+CLAIMED = (
+    "fake_quantize",
+    "fake_quantize_both",
+    "fake_quantize_each",
+    "tensor_scale",
+    "tensor_scale_both",
+    "tensor_scale_each",
+)
+# recipe -> how many tensors each op takes: of NVFP4 also one for the tensor scales, of each gradient one or two.
+RECIPES = {"hif4-plain": [2, 3], "hif4": [2, 3], "nvfp4-plain": [2, 2, 3], "nvfp4": [2, 3, 5]}
 BACKEND = Claims(**dict.fromkeys(CLAIMED, everything))
 X, Y, Z = (randn(16, 64, seed=seed) for seed in range(3))
 
@@ -41,14 +50,14 @@ def results(found: Captured) -> list[int]:
     return sorted(len(parse(node.kwargs["producer"]).results) for node in nodes)
 
 
-@pytest.mark.parametrize("recipe", ["hif4-plain", "hif4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_backward_of_a_llama_block_keeps_its_bits(recipe: str, dtype: torch.dtype) -> None:
     found = captured(build(LlamaBlock).to(dtype), randn(2, 8, 64, dtype=dtype), recipe)
     before = found.execute()
-    assert found.run("bundle") == 2
-    assert results(found) == [2, 3]
-    for node in found.calls("fake_quantize_each"):
+    assert found.run("bundle") == len(RECIPES[recipe])
+    assert results(found) == RECIPES[recipe]
+    for node in (*found.calls("fake_quantize_each"), *found.calls("tensor_scale_each")):
         assert {n.meta["partitioner_tag"] for n in (node, *node.users)} == {"must_be_in_backward"}
     assert same_bits(found.execute(), before)
     text = found.text
@@ -84,7 +93,7 @@ def _saved(found: Captured) -> int:
     return sum(n.meta["val"].nbytes for n in output.args[0][1:] if n is not None and n.op != "placeholder")
 
 
-@pytest.mark.parametrize("recipe", ["hif4-plain", "hif4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_backward_keeps_no_more(recipe: str) -> None:
     def saved(*names: str) -> int:
         block = build(lambda: LlamaBlock(64, hidden=1024)).bfloat16()
