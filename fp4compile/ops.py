@@ -201,6 +201,15 @@ _ROWS = (
         samples.quantize_rowwise_both,
     ),
     Op(
+        # Of every tensor that the producer makes, two or three; lists give an option per tensor.
+        "quantize_rowwise_each",
+        "(Tensor x, str format, int axis, str[] rounding, int[] stream, bool[] e5m2, str? scale_rule=None, "
+        f"Tensor? seed=None, int hadamard=0, Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> Tensor[]",
+        reference.quantize_rowwise_each,
+        reference.quantize_rowwise_each_fake,
+        samples.quantize_rowwise_each,
+    ),
+    Op(
         "mm_rowwise",
         "(Tensor a, Tensor a_scale, Tensor a_exponents, Tensor a_flags, Tensor b, Tensor b_scale, "
         "Tensor b_exponents, Tensor b_flags, ScalarType dtype, Tensor? bias=None) -> Tensor",

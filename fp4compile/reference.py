@@ -485,6 +485,39 @@ def quantize_rowwise_both_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for four in made for tensor in four)
 
 
+def quantize_rowwise_each(
+    x: Tensor,
+    format: str,
+    axis: int,
+    rounding: Sequence[str],
+    stream: Sequence[int],
+    e5m2: Sequence[bool],
+    scale_rule: str | None = None,
+    seed: Tensor | None = None,
+    hadamard: int = 0,
+    sign_seed: Tensor | None = None,
+    p1: Tensor | None = None,
+    p2: Tensor | None = None,
+    p3: Tensor | None = None,
+    p4: Tensor | None = None,
+    producer: str = "",
+) -> list[Tensor]:
+    """`quantize_rowwise` of every tensor that a producer makes, the four results of the first in front."""
+    made = zip(produce_each(x, (p1, p2, p3, p4), producer), rounding, stream, e5m2, strict=True)
+    fours = (
+        quantize_rowwise(each, format, axis, mode, scale_rule, seed, number, hadamard, sign_seed, e5m2=wide)
+        for each, mode, number, wide in made
+    )
+    return [tensor for four in fours for tensor in four]
+
+
+def quantize_rowwise_each_fake(*args: Any, **kwargs: Any) -> list[Tensor]:
+    """The shape rule of `quantize_rowwise_each`."""
+    given = _given(quantize_rowwise_each, args, kwargs)
+    x, options = given["x"], (given["format"], given["axis"], given["hadamard"])
+    return [tensor for wide in given["e5m2"] for tensor in _rows_fake(x, *options, wide)]
+
+
 def mm_rowwise(
     a: Tensor,
     a_scale: Tensor,

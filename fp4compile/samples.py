@@ -333,6 +333,20 @@ def quantize_rowwise_both() -> Iterator[Mapping[str, Any]]:
             yield {**base, **given, "rounding": ["nearest", "stochastic"], "hadamard": [32, 0]}
 
 
+def quantize_rowwise_each() -> Iterator[Mapping[str, Any]]:
+    """Samples of `quantize_rowwise_each`."""
+    for name in _rowwise_formats():
+        for given, results in _produced_groups():
+            mixed = ["stochastic", "nearest", "stochastic"][:results]
+            own = {"rounding": ["nearest"] * results, "stream": [3, 4, 5][:results], "e5m2": [False] * results}
+            for axis in (0, 1):
+                base = {**given, **own, "format": name, "axis": axis, "seed": _SEED}
+                yield base
+                yield {**base, "rounding": mixed, "e5m2": [True, False, True][:results]}
+                yield {**base, "rounding": mixed, "hadamard": 16, "sign_seed": _SEED, "scale_rule": "truncation-free"}
+                yield {**base, "hadamard": 32, "scale_rule": "rceil"}
+
+
 def mm_rowwise() -> Iterator[Mapping[str, Any]]:
     """Samples of `mm_rowwise`."""
     names = ("", "_scale", "_exponents", "_flags")

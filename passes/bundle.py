@@ -49,6 +49,9 @@ _KINDS: Mapping[str, _Kind] = {
     "fake_quantize": _Kind(
         ("format", "axis", "scale_rule", "hadamard", "sign_seed", "fold"), ("rounding", "stream", "tensor_scale"), 1
     ),
+    "quantize_rowwise": _Kind(
+        ("format", "axis", "scale_rule", "hadamard", "sign_seed"), ("rounding", "stream", "e5m2"), 4
+    ),
     "tensor_scale": _Kind(("format", "axis", "scale_rule", "sign_seed"), ("hadamard",), 1),
 }
 

@@ -239,6 +239,11 @@ KERNELS: tuple[Kernel, ...] = (
         "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.plan_quantize_rowwise_both,
         *_ROWS, _along_both(*_OPTIONS_OF_ROWS), least=rowwise.LEAST_CAPABILITY,
     ),
+    _replayed(
+        "triton/quantize_rowwise_each", "quantize_rowwise_each", rowwise.plan_quantize_rowwise_each,
+        *_ROWS[:-1], _results("rounding", rowwise.MOST_RESULTS), checks.scale_rule, _transform_size,
+        _of_each("rounding", checks.rounding), least=rowwise.LEAST_CAPABILITY,
+    ),
     _bound(
         "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,
         _on_one_gpu, rowwise.sizes, least=rowwise.LEAST_CAPABILITY,

@@ -37,7 +37,7 @@ from tests.backends.test_triton_kernels import (
 from tests.gpu import interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
-OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
+OPERATORS = ("quantize_rowwise", "quantize_rowwise_both", "quantize_rowwise_each")
 KERNELS = {kernel.op: kernel for kernel in table.KERNELS if "rowwise" in kernel.op}
 PARTS = ("", "_scale", "_exponents", "_flags")
 SEED = torch.tensor(2**40 + 17, dtype=torch.int64)
