@@ -54,6 +54,10 @@ def _full_size_below(graph: Graph) -> dict[Node, frozenset[Node]]:
     return found
 
 
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
+
+
 def _same_size(a: Node, b: Node) -> bool:
     return statically_known_true(a.meta["val"].numel() == b.meta["val"].numel())
 
@@ -92,10 +96,10 @@ class Survey:
         Raises:
             Refused: there is no producer that a kernel could compute, or it would read what the backward has not.
         """
-        shape = xs[0].meta["val"].shape
-        if len(shape) != 2 or any(x.meta["val"].shape != shape for x in xs):
+        shapes = [x.meta["val"].shape for x in xs]
+        if any(len(shape) != 2 or not _equal(shape, shapes[0]) for shape in shapes):
             raise Refused("no matrices of one shape")
-        rows, columns = shape
+        rows, columns = shapes[0]
         builder = _Builder(rows, columns, self.below)
         return builder.build([builder.result(below_views(x)) for x in xs])
 
@@ -110,10 +114,12 @@ class Produced:
 
     Attributes:
         operands: what the producer reads, the first of full size.
+        computed: the nodes that its steps stand for.
     """
 
     operands: list[Node]
     producer: Producer
+    computed: Set[Node]
 
     @property
     def tensors(self) -> list[Node]:
@@ -141,7 +147,7 @@ class _Builder:
     Attributes:
         below: of a `Survey`.
         names: (value below its views, layout) -> its name.
-        entered: number of steps begun.
+        entered: nodes whose step has begun.
     """
 
     rows: Any
@@ -151,12 +157,12 @@ class _Builder:
     layouts: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     names: dict[tuple[Node, str], str] = field(default_factory=dict)
-    entered: int = 0
+    entered: set[Node] = field(default_factory=set)
 
     def step(self, node: Node, function: Function) -> str:
         """The name of the step that computes a node of full size."""
-        self.entered += 1
-        if self.entered > _MOST_STEPS:
+        self.entered.add(node)
+        if len(self.entered) > _MOST_STEPS:
             raise Refused(f"it takes more than {_MOST_STEPS} steps")
         given = cast(tuple[Node | float, ...], node.args[: function.arity])
         values = tuple(self._value(v, node) if isinstance(v, Node) else float(v) for v in given)
@@ -222,7 +228,7 @@ class _Builder:
         )
         chosen = () if list(results) == [len(steps) - 1] else tuple(results)
         layouts = tuple(self.layouts[i] for i in order)
-        return Produced([self.operands[i] for i in order], Producer(layouts, steps, chosen))
+        return Produced([self.operands[i] for i in order], Producer(layouts, steps, chosen), self.entered)
 
 
 def _as_matrix(graph: Graph, operand: Node, x: Node, consumer: Node) -> Node:

@@ -65,6 +65,7 @@ FUNCTIONS: Mapping[str, Function] = MappingProxyType(
             Function("erf", 1, torch.erf, (aten.erf.default,)),
             Function("sqrt", 1, torch.sqrt, (aten.sqrt.default,)),
             Function("rsqrt", 1, torch.rsqrt, (aten.rsqrt.default,)),
+            Function("reciprocal", 1, torch.reciprocal, (aten.reciprocal.default,)),
             Function("sigmoid", 1, torch.sigmoid, (aten.sigmoid.default,)),
             Function("relu", 1, torch.relu, (aten.relu.default,)),
             Function("add", 2, operator.add, (aten.add.Tensor, aten.add.Scalar)),

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import networkx as nx
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.elementwise import Produced, Refused, Survey
 from fp4compile.formats import FORMATS
-from fp4compile.graph import below_views, is_backward
+from fp4compile.graph import below_views, is_backward, readers
 from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
 from fp4compile.pipeline import Context
@@ -194,11 +195,21 @@ def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) 
     then = sum(_width(produced.tensors) for _, produced in groups)
     if then >= now:
         raise Refused(f"{then} bytes an element are no less than {now}")
+    _check_written(groups)
     late = [node for _, produced in groups for node in survey.kept_longer(produced)]
     if late and is_backward(groups[0][0][0].node):
         raise Refused(f"the backward would have to keep {late[0]}")
     _check_order(groups)
     return _Plan(groups)
+
+
+def _check_written(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
+    """Refuse a bundle that reads what would be written for it alone: what makes it is no function of a producer."""
+    computed = set().union(*(produced.computed for _, produced in groups))
+    for tensor in {tensor for _, produced in groups for tensor in produced.tensors}:
+        pointwise = torch.Tag.pointwise in getattr(tensor.target, "tags", ())
+        if pointwise and computed.issuperset(readers(tensor)):
+            raise Refused(f"{tensor} would have to be written")
 
 
 def _check_order(groups: Sequence[tuple[list[_Read], Produced]]) -> None:

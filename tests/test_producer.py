@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fp4compile.errors import FP4ValueError
-from fp4compile.producer import DTYPES, FUNCTIONS, LAYOUTS, Producer, Step, parse, produce
+from fp4compile.producer import DTYPES, FUNCTIONS, LAYOUTS, Producer, Step, parse, produce, produce_each
 from tests.helpers import randn
 
 SWIGLU = (
@@ -40,6 +40,16 @@ def test_every_step_rounds_to_its_dtype() -> None:
     assert not torch.equal(got, (x.float() ** 3).bfloat16())
 
 
+def test_several_results_are_those_of_their_steps() -> None:
+    gate, up = randn(5, 64, dtype=torch.bfloat16), randn(5, 64, dtype=torch.bfloat16, seed=1)
+    h, silu, again = produce_each(gate, [up], f"{SWIGLU} -> t6 t5 t6")
+    assert torch.equal(silu, F.silu(gate))
+    assert torch.equal(h, F.silu(gate) * up)
+    assert torch.equal(again, h)
+    with pytest.raises(FP4ValueError, match="of one tensor is needed, not of 2"):
+        produce(gate, [up], f"{SWIGLU} -> t6 t5")
+
+
 def test_no_producer_is_the_tensor_itself() -> None:
     x = randn(2, 3)
     assert produce(x, [], "") is x
@@ -55,7 +65,9 @@ def test_text_is_read_back(data: st.DataObject) -> None:
         value = st.one_of(st.sampled_from(names), st.floats(allow_nan=False, width=32))
         values = tuple(data.draw(value) for _ in range(FUNCTIONS[name].arity))
         steps.append(Step(name, data.draw(st.sampled_from(sorted(DTYPES))), values))
-    producer = Producer(layouts, tuple(steps))
+    numbers = [i for i, step in enumerate(steps) if step.dtype == steps[-1].dtype]
+    chosen = tuple(data.draw(st.lists(st.sampled_from(numbers), max_size=3)))
+    producer = Producer(layouts, tuple(steps), chosen)
     assert parse(str(producer)) == producer
 
 
@@ -72,6 +84,10 @@ def test_text_is_read_back(data: st.DataObject) -> None:
         ("full: t1 = neg.float32(a0)", "expected 't0"),
         ("full: t0 = add.float32(a0)", "takes 2 operands, got 1"),
         ("full: t0 = add.float32(a0, one)", "could not convert"),
+        ("full: t0 = neg.float32(a0) -> ", "'' is no step"),
+        ("full: t0 = neg.float32(a0) -> t1", "'t1' is no step"),
+        ("full: t0 = neg.float32(a0) -> a0", "'a0' is no step"),
+        ("full: t0 = neg.float32(a0); t1 = cast.bfloat16(t0) -> t0 t1", "different dtypes"),
     ],
 )
 def test_malformed_text(text: str, reason: str) -> None:

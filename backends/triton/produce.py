@@ -31,6 +31,7 @@ SPELLINGS = {
     "erf": "tl.erf({0})",
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "tl.rsqrt({0})",
+    "reciprocal": "(1.0 / {0})",
     "sigmoid": "tl.sigmoid({0})",
     "relu": "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
     "add": "({0} + {1})",

@@ -483,6 +483,22 @@ def test_quantisation_of_a_product_compiles_for_sm_90(axes: tuple[int, ...]) -> 
 
 
 @needs_triton
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_quantisation_of_several_tensors_compiles_for_sm_90(how: rowwise.Axis, axis: int) -> None:
+    text = "full full: t0 = mul.bfloat16(a0, a1); t1 = add.bfloat16(a0, a1); t2 = mul.bfloat16(a0, a0) -> t2 t0 t1"
+    sample: dict[str, Any] = {"x": meta(256, 512), "p1": meta(256, 512), "format": "mxfp4", "producer": text}
+    sample |= {"axis": axis, "hadamard": how.hadamard, "rounding": [how.rounding] * 3, "stream": [0, 1, 2]}
+    sample |= {"e5m2": [True, False, True], "seed": meta(dtype=torch.int64)}
+    planned, _ = rowwise.plan_quantize_rowwise_each(**arguments("quantize_rowwise_each", sample))
+    for each, given in planned:
+        assert_exact(compiled(each, given))
+    ptx = compiled(*planned[-1])
+    assert "e5m2x2" in ptx
+    assert "e4m3x2" in ptx
+
+
+@needs_triton
 def test_the_exact_gemm_compiles_for_sm_90() -> None:
     given: dict[str, Any] = {"bias_ptr": None, "out_ptr": meta(256, 512), "counts_ptr": meta(2, dtype=torch.int64)}
     for side, rows in (("a", 256), ("b", 512)):

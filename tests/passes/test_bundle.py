@@ -25,9 +25,21 @@ CLAIMED = (
     "tensor_scale",
     "tensor_scale_both",
     "tensor_scale_each",
+    "quantize_rowwise",
+    "quantize_rowwise_both",
+    "quantize_rowwise_each",
+    "mm_rowwise",
 )
 # recipe -> how many tensors each op takes: of NVFP4 also one for the tensor scales, of each gradient one or two.
-RECIPES = {"hif4-plain": [2, 3], "hif4": [2, 3], "nvfp4-plain": [2, 2, 3], "nvfp4": [2, 3, 5]}
+RECIPES = {
+    "hif4-plain": [2, 3],
+    "hif4": [2, 3],
+    "nvfp4-plain": [2, 2, 3],
+    "nvfp4": [2, 3, 5],
+    "mxfp4-plain": [2, 3],
+    "mxfp4": [2, 3],
+}
+EACH = [name for name in CLAIMED if name.endswith("_each")]
 BACKEND = Claims(**dict.fromkeys(CLAIMED, everything))
 X, Y, Z = (randn(16, 64, seed=seed) for seed in range(3))
 
@@ -57,12 +69,28 @@ def test_the_backward_of_a_llama_block_keeps_its_bits(recipe: str, dtype: torch.
     before = found.execute()
     assert found.run("bundle") == len(RECIPES[recipe])
     assert results(found) == RECIPES[recipe]
-    for node in (*found.calls("fake_quantize_each"), *found.calls("tensor_scale_each")):
+    for node in (node for op in EACH for node in found.calls(op)):
         assert {n.meta["partitioner_tag"] for n in (node, *node.users)} == {"must_be_in_backward"}
     assert same_bits(found.execute(), before)
     text = found.text
     assert found.run("bundle") == 0
     assert found.text == text
+
+
+def test_silu_backward_as_older_versions_of_torch_decompose_it() -> None:
+    """A reciprocal in the place of the sigmoid."""
+
+    def backward(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+        sigmoid = 1 / (1 + torch.exp(-gate))
+        return fq(dh * up * sigmoid * (1 + gate * (1 - sigmoid))), fq(dh * gate * sigmoid)
+
+    found = traced(backward)
+    before = found.execute(X, Y, Z)
+    assert found.run("bundle") == 1
+    (node,) = found.calls("fake_quantize_each")
+    inputs = set(found.module.graph.find_nodes(op="placeholder"))
+    assert set(node.all_input_nodes) == inputs
+    assert same_bits(found.execute(X, Y, Z), before)
 
 
 class Gelu(nn.Module):
@@ -152,6 +180,17 @@ def test_taken(name: str) -> None:
     assert same_bits(found.execute(X, Y, Z), before)
 
 
+def _through_sine(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """A producer knows no sine."""
+    sine = x.sin()
+    return fq(sine * y), fq(sine - y)
+
+
+def _written(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    sine = x.sin()
+    return fq(sine * y), fq(sine - y), sine @ z.T
+
+
 def _chain(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return fq((x * y) + fq(x - y)), fq(x)
 
@@ -165,9 +204,17 @@ LEFT: dict[str, Callable[..., object]] = {
     "different transforms": lambda x, y, z: (fq(x * y), fq(x - y, hadamard=16)),
     "different formats": lambda x, y, z: (fq(x * y), ops.fake_quantize(x - y, "mxfp4", 1)),
     "2-D blocks": lambda x, y, z: [ops.fake_quantize(h, "nvfp4", 1, block_2d=True) for h in (x * y, x - y)],
+    "what they are made from is written for them alone": _through_sine,
     "other shapes": lambda x, y, z: (fq(x * y), fq((x - y).view(32, 32))),
     "different dtypes": lambda x, y, z: (fq(x * y), fq((x - y).bfloat16())),
 }
+
+
+def test_what_is_written_for_others_is_read() -> None:
+    found = traced(_written)
+    before = found.execute(X, Y, Z)
+    assert found.run("bundle") == 1
+    assert same_bits(found.execute(X, Y, Z), before)
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -176,6 +223,14 @@ def test_left(name: str) -> None:
     before = found.text
     assert found.run("bundle") == 0
     assert found.text == before
+
+
+def test_symbolic_sizes() -> None:
+    found = trace(lambda x, y: (fq(x * y), fq(x - y)), X, Y, mode="symbolic")
+    found.context.backend = BACKEND
+    before = found.execute(X, Y)
+    assert found.run("bundle") == 1
+    assert same_bits(found.execute(X, Y), before)
 
 
 def test_seeds_and_streams_stay_with_their_tensors() -> None:
@@ -193,3 +248,15 @@ def test_seeds_and_streams_stay_with_their_tensors() -> None:
     (node,) = found.calls("fake_quantize_each")
     assert node.args[3:] == (["stochastic", "stochastic", "nearest"], [3, 4, 0])
     assert same_bits(found.execute(X, Y, seed), before)
+
+
+def test_two_seeds_are_not_bundled() -> None:
+    def function(x: Tensor, y: Tensor, seed: Tensor, other: Tensor) -> object:
+        random = {"rounding": "stochastic", "scale_rule": "truncation-free"}
+        return fq(x * y, seed=seed, **random), fq(x - y, seed=other, **random)
+
+    found = trace(lambda x, y, a, b: function(x, y, a, b), X, Y, torch.tensor(7), torch.tensor(8))
+    found.context.backend = BACKEND
+    before = found.text
+    assert found.run("bundle") == 0
+    assert found.text == before
