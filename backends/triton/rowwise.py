@@ -1,7 +1,7 @@
 """Row-wise scaled FP8 GEMMs of E2M1 operands on CUDA: from an op's arguments to launches.
 
     quantize_rowwise(x)       ->  window (scales of rows, flags cleared), quantize
-    quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read
+    quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read, or of each where random
     mm_rowwise(a, b)          ->  torch._scaled_mm, then `exact` over all that read a flagged row
 
 Nothing waits for the device: `exact` is always launched, and returns at once where no flag stands.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ TILES: dict[tuple[int, ...], Tile] = {
     (1,): Tile(32, 64, 2),
     (0, 1): Tile(32, 64, 1),
 }
+# Instead of those, under random numbers.
+RANDOM_TILES: dict[tuple[int, ...], Tile] = {(1,): Tile(32, 64, 1)}
 # Elements that lie side by side and that a thread reads at once, for axis 0 and for axis 1.
 _VECTORS = (2, 8)
 
@@ -58,6 +60,14 @@ class Axis:
     scale_rule: str | None
     stream: int
     hadamard: int
+
+
+# Axes with their options.
+Wanted = tuple[tuple[int, Axis], ...]
+
+
+def _random(wanted: Wanted) -> bool:
+    return any(options.rounding == "stochastic" for _, options in wanted)
 
 
 # --- what is supported -----------------------------------------------------------------------------------------------
@@ -117,7 +127,7 @@ def plan(
     shape: torch.Size,
     dtype: torch.dtype,
     format: str,
-    wanted: tuple[tuple[int, Axis], ...],
+    wanted: Wanted,
     signs_drawn: bool,
     producer: str = "",
     e5m2: bool = False,
@@ -129,7 +139,8 @@ def plan(
         signs_drawn: whether a seed chooses the signs of the transform; else the kernel is compiled with them.
     """
     fmt = FORMATS[format]
-    tile = TILES[tuple(axis for axis, _ in wanted)]
+    axes = tuple(axis for axis, _ in wanted)
+    tile = RANDOM_TILES.get(axes, TILES[axes]) if _random(wanted) else TILES[axes]
     emax = math.floor(math.log2(fmt.element.max))
     # A tile holds whole runs of the transform.
     least = {axis: options.hadamard for axis, options in wanted}
@@ -195,28 +206,40 @@ def _results(
     )
 
 
+def _parts(wanted: Wanted) -> Sequence[Wanted]:
+    """The axes by launches: random numbers are bound by arithmetic, not by reading x, and by registers."""
+    return [(each,) for each in wanted] if _random(wanted) else [wanted]
+
+
 def plan_rows(
     x: Tensor,
     format: str,
-    wanted: tuple[tuple[int, Axis], ...],
+    wanted: Wanted,
     seed: Tensor | None,
     sign_seed: Tensor | None,
     producer: str = "",
     e5m2: bool = False,
     **operands: Tensor | None,
 ) -> tuple[Launches, tuple[Tensor, ...]]:
-    """The two launches that quantise along the wanted axes, of contiguous tensors, and the results."""
-    planned = plan(x.shape, produced_dtype(x, producer), format, wanted, sign_seed is not None, producer, e5m2)
+    """The launches that quantise along the wanted axes, of contiguous tensors, and the results."""
+    planned_for = partial(
+        plan, x.shape, produced_dtype(x, producer), format,
+        signs_drawn=sign_seed is not None, producer=producer, e5m2=e5m2,
+    )  # fmt: skip
+    planned = planned_for(wanted)
     results = {axis: _results(x, planned.values, *sizes) for axis, sizes in planned.shapes.items()}
     source: dict[str, Any] = {"x_ptr": x, **pointers(operands)}
-    given = dict(source)
+    given: dict[int, dict[str, Any]] = {}
     for axis in (0, 1):
         tensors = results.get(axis, (None,) * len(_RESULTS))
-        given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
-    window = source | {name: given[name] for name in _WINDOW}
-    flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
-    quantize = {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}
-    return [(planned.window, window), (planned.quantize, quantize)], flat
+        given[axis] = {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
+    every = given[0] | given[1]
+    launches = [(planned.window, source | {name: every[name] for name in _WINDOW})]
+    idle, seeds = dict.fromkeys(every), {"seed_ptr": seed, "sign_seed_ptr": sign_seed}
+    for part in _parts(wanted):
+        own = {name: value for axis, _ in part for name, value in given[axis].items()}
+        launches.append((planned_for(part).quantize, source | idle | own | seeds))
+    return launches, tuple(tensor for axis in sorted(results) for tensor in results[axis])
 
 
 def plan_quantize_rowwise(
