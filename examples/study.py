@@ -122,7 +122,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | run | probe | report")
 
     train = verbs.add_parser("train", help="one arm, one seed or several", allow_abbrev=False)
-    train.add_argument("--arm", required=True, help="bf16, a recipe, a TOML file; +rht, +sr, +tf, +2d add ingredients")
+    train.add_argument(
+        "--arm", required=True, help="bf16, a recipe, a TOML file; +rht, +sr, +tf, +2d, +nopts change it"
+    )
     train.add_argument("--switch", type=float, default=None, help="BF16 from this fraction of the steps on")
     train.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, batches and stochastic rounding")
     train.add_argument("--model", choices=MODELS, default="dense")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fp4compile.recipe import RECIPES
-from lm.arms import MAIN, PLAIN, label, stabilisers
+from lm.arms import MAIN, PLAIN, TWINS, label, stabilisers
 from lm.claims import (
     Claim,
     Errors,
@@ -37,6 +37,7 @@ ABLATIONS = {
     "truncation-free scales, nearest": ("-plain", "-plain+tf"),
     "truncation-free scales, under both": ("-plain+rht+sr", "-plain+rht+sr+tf"),
     "2-D blocks of the weights": ("-plain", "-plain+2d"),
+    "no tensor scale": ("-plain", "-plain+nopts"),
     "BF16 for the last 10% of the steps": ("", "@0.9"),
 }
 
@@ -130,12 +131,15 @@ def ablation_table(study: Study, model: str) -> Table:
 
 def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Errors]]:
     """Format, ingredient, and the errors without and with it, of what both were measured of for some seed."""
-    found = []
+    found, seen = [], set()
     for format in MAIN[1:]:
         for name, suffixes in ABLATIONS.items():
-            without, given = (errors(format + suffix) for suffix in suffixes)
+            arms = [format + suffix for suffix in suffixes]
+            arms = [arm if errors(arm) else TWINS.get(arm, arm) for arm in arms]
+            without, given = map(errors, arms)
             both = sorted(without.keys() & given.keys())
-            if both:
+            if both and tuple(arms) not in seen:  # the one ingredient of a recipe is the whole recipe
+                seen.add(tuple(arms))
                 pairs = ({seed: errors[seed] for seed in both} for errors in (without, given))
                 what = f"{name} {stabilisers(RECIPES.get(format))}" if name == WHOLE else name
                 found.append((format, what, *pairs))

@@ -23,10 +23,11 @@ pytest.importorskip("tokenizers")
 
 import study
 from lm import claims, commands, corpus, figures, report, tables
-from lm.arms import PLANS, PROBED, make_arm, stabilisers
+from lm.arms import PLANS, PROBED, TWINS, make_arm, stabilisers
 from lm.findings import findings
 from lm.machine import BadInput
 from lm.model import Shape
+from lm.probe import cosine
 from lm.train import Settings, Trainer, files_of_run, files_of_trunk, steps_done
 
 from fp4compile.errors import FP4ValueError
@@ -63,7 +64,7 @@ def text(tmp_path: Path) -> Path:
 # --- arms ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "preset"), [("hif4-plain+rht", "hif4"), ("mxfp4-plain+rht+sr+tf", "mxfp4")])
+@pytest.mark.parametrize(("name", "preset"), TWINS.items())
 def test_ingredients_added_to_a_plain_recipe_make_the_recommended_one(name: str, preset: str) -> None:
     arm = make_arm(name)
     assert arm.recipe is not None and arm.name == arm.recipe.name == name
@@ -76,6 +77,12 @@ def test_an_ingredient_changes_what_it_names_and_nothing_else() -> None:
         assert after.grad == (before.grad and replace(before.grad, rounding="stochastic"))
         assert (after.input, after.weight) == (before.input, before.weight)
     assert [rule.weight and rule.weight.block_2d for rule in flat.rules] == [True, True, None]
+
+
+def test_a_format_does_without_its_tensor_scale() -> None:
+    bare = make_arm("nvfp4-plain+nopts").recipe
+    assert {spec.scaled_per_tensor for spec in RECIPES.get("nvfp4-plain").operands} == {True}
+    assert {spec.scaled_per_tensor for spec in bare.operands} == {False}
 
 
 def test_every_arm_of_every_plan_can_be_made() -> None:
@@ -108,6 +115,7 @@ def test_a_switch_ends_fp4() -> None:
     ("name", "message"),
     [
         ("hif5", "unknown recipe 'hif5'"),
+        ("hif4-plain+nopts", "hif4 has no tensor scale to go without"),
         ("hif4-plain+rhd", "unknown ingredient 'rhd' of hif4-plain; there are rht, sr, tf, 2d"),
         ("hif4:fprop", "unknown GEMM 'fprop' of hif4; there are forward, dgrad, wgrad"),
         ("hif4@late", "a fraction of the steps"),
@@ -547,6 +555,23 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "dense-hif4-s0.json").write_text('{"kind": "train", "mod')
     with pytest.raises(BadInput, match=r"dense-hif4-s0\.json is no whole JSON file"):
         claims.read_study(tmp_path)
+
+
+def test_what_two_names_stand_for_is_compared_once(tmp_path: Path) -> None:
+    gaps = {"bf16": 0.0, "hif4-plain": 0.02, "hif4": 0.01, "mxfp4-plain+rht+sr": 0.04, "mxfp4": 0.03}
+    runs = [result(arm, seed, 2.0 * (1 + gap)) for arm, gap in gaps.items() for seed in range(4)]
+    rows = tables.ablation_table(write_results(tmp_path, runs), "dense")
+    assert [(*row[:2], row[4], row[5]) for row in rows[1:]] == [
+        ("HiF4", "the recipe's Hadamard transform", "-1.00% ± 0.00%", "helps"),
+        ("MXFP4", "truncation-free scales, under both", "-1.00% ± 0.00%", "helps"),
+    ]
+
+
+def test_a_gradient_that_vanished_has_no_direction() -> None:
+    one, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert cosine(one, one) == pytest.approx(1.0)
+    assert cosine(one, none) == cosine(none, one) == 0.0
+    assert math.isnan(cosine(one, one * math.nan))
 
 
 def test_the_report(tmp_path: Path) -> None:
