@@ -51,7 +51,8 @@ def findings(study: Study, model: str) -> list[str]:
             _ingredients(f"{cosine} one batch's gradient", lambda arm: gradient_errors(probes, arm), _cosine),
             _ingredients(f"{cosine} the mean gradient", lambda arm: gradient_errors(probes, arm, mean=True), _cosine),
         ]
-    found += [_trend(study, model), _seeds(study, model), _share(shares), _bounds(study, model)]
+    found += [_trend(study, model), _seeds(study, model), _share(shares)]
+    found += [_devices(study, model), _bounds(study, model)]
     return [sentence for sentence in found if sentence]
 
 
@@ -141,6 +142,17 @@ def _share(shares: Mapping[str, float | None]) -> str:
     below = [label(arm) for arm, share in known.items() if share < SHARE]
     answer = f"below {SHARE:.0%}: {', '.join(below)}" if below else f"all at or above {SHARE:.0%}"
     return f"FP4's share of the FLOPs of all GEMMs, forward and backward, output head included: {each} ({answer})."
+
+
+def _devices(study: Study, model: str) -> str:
+    """Which gaps hold a difference between machines too."""
+    mixed: dict[str, list[str]] = {}
+    for arm, seed in study.mixed_pairs(model):
+        mixed.setdefault(arm, []).append(str(seed))
+    parts = "; ".join(f"{label(arm)} seed {', '.join(seeds)}" for arm, seeds in mixed.items())
+    return (
+        f"Made on another machine than the BF16 run of their pair, which their gaps hold too: {parts}." if parts else ""
+    )
 
 
 def _bounds(study: Study, model: str) -> str:

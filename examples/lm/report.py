@@ -63,8 +63,20 @@ def conditions(study: Study, model: str) -> list[str]:
         f"Start: {start}",
         f"Text: {text['source']}, {text['train_tokens'] / 1e6:.1f} M training tokens "
         f"({seen / text['train_tokens']:.2f} epochs), {text['bytes_per_token']:.2f} bytes per token",
-        "Device: " + "; ".join(sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}" for r in runs})),
+        f"Device: {devices(study, model)}",
     ]
+
+
+def devices(study: Study, model: str) -> str:
+    """What the results were made on; of several machines, what was made on which."""
+    machines = study.machines[model]
+    if len(machines) == 1:
+        return next(iter(machines))
+    parts = []
+    for name, kinds in sorted(machines.items()):
+        what = [f"{kind} of seeds {', '.join(map(str, sorted(seeds)))}" for kind, seeds in kinds.items()]
+        parts.append(f"{name} ({'; '.join(what)})")
+    return " and ".join(parts)
 
 
 # --- Markdown and HTML -----------------------------------------------------------------------------------------------

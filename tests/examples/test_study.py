@@ -340,7 +340,7 @@ def test_a_killed_command_goes_on(text: Path, tmp_path: Path) -> None:
 
 
 def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) -> dict[str, Any]:
-    """A result of 20 steps that end at `loss`."""
+    """A result of 20 steps that end at `loss`; the first half is its trunk's."""
     made = {
         "kind": "train",
         "model": model,
@@ -356,7 +356,7 @@ def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) 
         "tokens_per_second": 1000.0,
         "diverged": False,
         "held_out_loss": loss + 0.1,
-        "losses": [loss + 1.0] * 18 + [loss - 0.5, loss + 0.5],
+        "losses": [9.0 - seed] * 10 + [loss + 1.0] * 8 + [loss - 0.5, loss + 0.5],
     }
     return made | more
 
@@ -486,7 +486,7 @@ def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
     text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
     assert len(text) == 3 and text[2].startswith("Nothing was trained")
     assert all("Fewer than 4 pairs carry no claim." in sentence for sentence in text[:2])
-    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [9.0] * 10 + [None]}
     text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
     assert text[0] == "Training loss: diverged: HiF4."
 
@@ -533,7 +533,7 @@ def test_percent(value: float, text: str) -> None:
 
 def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
     runs = [result(arm, seed, 3.0) for arm in ("bf16", "hif4", "mxfp4") for seed in range(4)]
-    runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [*runs[5]["losses"][:11], None]}
     made = write_results(tmp_path, runs)
     assert "no: an arm diverged" in {claim.answer for claim in tables.all_claims(made, "dense")}
     (row,) = [row for row in tables.loss_table(made, "dense") if row[0] == "HiF4"]
@@ -555,6 +555,55 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "dense-hif4-s0.json").write_text('{"kind": "train", "mod')
     with pytest.raises(BadInput, match=r"dense-hif4-s0\.json is no whole JSON file"):
         claims.read_study(tmp_path)
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    whole = [result("bf16", 0, 2.0), probe_result(0, {"hif4": 0.01})]
+    for made, lost, message in (
+        (whole[0], "text", "text.source, text.train_tokens, text.bytes_per_token missing"),
+        (whole[0], "report", "report missing"),
+        (whole[1], "arms", "arms missing"),
+        (whole[1], "settings", "settings.dtype"),
+    ):
+        (tmp_path / "0.json").write_text(json.dumps({key: value for key, value in made.items() if key != lost}))
+        with pytest.raises(BadInput, match=rf"0\.json is no result of study\.py: .*{re.escape(message)}"):
+            claims.read_study(tmp_path)
+    for broken in (whole[0] | {"losses": [3.0]}, whole[1] | {"arms": {"hif4": {}}}):
+        (tmp_path / "0.json").write_text(json.dumps(broken))
+        with pytest.raises(BadInput, match="losses"):
+            claims.read_study(tmp_path)
+
+
+def test_results_that_stand_for_one_thing_are_refused(tmp_path: Path) -> None:
+    twice = [result("hif4", 0, 2.0), result("hif4", 0, 2.1)]
+    with pytest.raises(BadInput, match=r"1\.json and .*0\.json are both of hif4, seed 0"):
+        write_results(tmp_path, twice)
+    with pytest.raises(BadInput, match="both of hif4, seed 0"):
+        write_results(tmp_path, [probe_result(0, {"hif4": 0.1, "mxfp4": 0.1}), probe_result(0, {"hif4": 0.1})])
+
+
+def test_arms_of_a_seed_share_their_trunk(tmp_path: Path) -> None:
+    other = result("hif4", 0, 2.0)
+    other["losses"][9] += 1e-6
+    with pytest.raises(BadInput, match="do not branch off one trunk"):
+        write_results(tmp_path, [result("bf16", 0, 2.0), other])
+    other["seed"] = 1
+    write_results(tmp_path, [result("bf16", 0, 2.0), other])
+
+
+def test_machines_are_said_and_pairs_of_two_of_them(tmp_path: Path) -> None:
+    runs = [result(arm, seed, 2.0) for arm in ("bf16", "hif4") for seed in (0, 1)]
+    (line,) = [line for line in report.conditions(write_results(tmp_path, runs), "dense") if line.startswith("Device")]
+    assert line == "Device: none, torch 2"
+    runs[3]["machine"] = {"device": "other", "torch": "2"}
+    made = write_results(tmp_path, [*runs, probe_result(1, {"hif4": 0.01})])
+    (line,) = [line for line in report.conditions(made, "dense") if line.startswith("Device")]
+    assert (
+        line
+        == "Device: none, torch 2 (training of seeds 0, 1; probe of seeds 1) and other, torch 2 (training of seeds 1)"
+    )
+    (said,) = [text for text in findings(made, "dense") if "another machine" in text]
+    assert said.endswith("their gaps hold too: HiF4 seed 1.")
 
 
 def test_what_two_names_stand_for_is_compared_once(tmp_path: Path) -> None:
@@ -621,7 +670,9 @@ def test_the_report(tmp_path: Path) -> None:
         (["train", "--arm", "bf16", "--steps", "9999"], "4 epochs are the most"),
         (["train", "--arm", "bf16", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
         (["train", "--arm", "bf16", "--backend", "referense"], "unknown backend 'referense'"),
+        (["train", "--arm", "bf16", "--seed", "0", "1", "0"], "--seed 0 1 0 names a seed twice"),
         (["run", "--arms", "bf16", "hif5"], "unknown recipe 'hif5'"),
+        (["run", "--seeds", "3", "3"], "--seed 3 3 names a seed twice"),
         (["probe", "--arms", "bf16"], "takes neither bf16 nor a switch"),
         (["probe"], "no checkpoint of a bf16 arm there"),
         (["probe", "--checkpoint", "nowhere.safetensors"], "--checkpoint nowhere.safetensors"),
