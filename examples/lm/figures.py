@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lm.arms import LABELS, MAIN, label
 from lm.claims import Study, mean_and_spread
 from lm.plot import COLOURS, STYLE, Curve, gap, panel, png, smooth
-from lm.tables import kind, place_means, probed
+from lm.tables import kind, place_means, probed, whole
 
 _ROLES = {"": "all three GEMMs", ":forward": "forward alone", ":dgrad": "dgrad alone", ":wgrad": "wgrad alone"}
 
@@ -27,11 +27,6 @@ def coloured(arms: Iterable[str]) -> list[tuple[str, str]]:
     return [(arm, own[arm] if arm in own else next(others)) for arm in arms]
 
 
-def with_curves(study: Study, model: str) -> list[str]:
-    """Arms that have a curve: no ablations."""
-    return [arm for arm in study.arms(model) if "+" not in arm and "@" not in arm]
-
-
 def with_panels(study: Study, model: str) -> list[str]:
     """Probed arms that have panels in the heat map: the recipes."""
     known = set(probed(study.probes.get(model, {})))
@@ -41,9 +36,9 @@ def with_panels(study: Study, model: str) -> list[str]:
 def curves_figure(study: Study, model: str) -> bytes:
     """Loss curves left, their gap to BF16 right, with a band of its spread over the seeds; means over 5% of the steps.
 
-    Both are of the seeds that every arm has, if there are any.
+    Both are of all arms but the ablations, and of the seeds that every one has, if there are any.
     """
-    arms = with_curves(study, model)
+    arms = whole(study.arms(model))
     runs = {arm: study.runs[model, arm] for arm in arms}
     seeds = set.intersection(*map(set, runs.values())) or set.union(*map(set, runs.values()))
     settings = next(iter(runs[arms[0]].values()))["settings"]

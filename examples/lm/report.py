@@ -5,32 +5,36 @@ from __future__ import annotations
 import base64
 import html
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fp4compile.files import write_atomically
 from lm.claims import SEEDS, TAIL, TIMES, Study
-from lm.figures import curves_figure, heat_map, with_curves, with_panels
-from lm.findings import findings
+from lm.figures import curves_figure, heat_map, with_panels
+from lm.findings import findings, order_table
 from lm.tables import (
     Table,
     ablation_table,
     claims_table,
+    effect_table,
     kind_table,
     loss_table,
     probe_ablation_table,
     probe_table,
     seed_table,
+    whole,
 )
 
 RULE = (
     "Gap: (L − L_bf16) / L_bf16, pairs of one seed (same weights at first, same batches), training loss as the mean of "
     f"the last {TAIL:.0%} of the steps; ± is the sample standard deviation over seeds. An order is claimed only from "
     f"{SEEDS} seeds on and where the mean paired difference exceeds {TIMES:g} times its spread; the rest is unresolved "
-    "at this scale. The values are those of the formats bit for bit; on hardware without FP4 units they are multiplied "
-    "in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by side shared the "
-    "device. This page is made from the results by `examples/study.py report`, its sentences too."
+    "at this scale. By chance 1 comparison in 108 of equal arms passes that bar, if four differences are normal (t = 6 "
+    "with three degrees of freedom). The values are those of the formats bit for bit; on hardware without FP4 units "
+    "they are multiplied in wider types, so tokens/s say nothing of hardware that has them, and arms that ran side by "
+    "side shared the device. This page is made from the results by `examples/study.py report`, its sentences too."
 )
 PROBE = (
     "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, without a "
@@ -88,30 +92,48 @@ def markdown_table(rows: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
+def commands(study: Study) -> list[str]:
+    """What made the results: commands that differ in their arms, and in the time that they had, as one."""
+    groups: dict[str, list[str]] = {}
+    for command in sorted(study.commands):
+        words, kept, arms = iter(shlex.split(command)), [], ""
+        option = ""
+        for word in words:
+            option = word if word.startswith("--") else option
+            if option == "--minutes":
+                continue
+            if option in ("--arm", "--arms") and word != option:
+                arms = f"{arms} {word}".strip()
+            else:
+                kept += [word, "ARM"] if word in ("--arm", "--arms") else [word]
+        groups.setdefault(shlex.join(kept), []).append(arms)
+    return [
+        f"`{command}`" + (f" with ARM = {', '.join(f'`{arm}`' for arm in sorted(set(arms)))}" if any(arms) else "")
+        for command, arms in groups.items()
+    ]
+
+
 def sections(study: Study) -> list[tuple[str, Any]]:
     """The report as (kind, content): "h1", "h2", "p", "list", "table" or "figure" (file stem, PNG)."""
     found: list[tuple[str, Any]] = [("h1", "FP4 pre-training against BF16"), ("p", RULE)]
     for model in study.models:
-        claimed = claims_table(study, model)
-        found += [("h2", f"Model: {model}"), ("list", conditions(study, model)), ("list", findings(study, model))]
-        found += [("table", claimed)] if len(claimed) > 1 else []
-        if study.arms(model):
-            found += [("table", loss_table(study, model)), ("table", seed_table(study, model))]
-        if with_curves(study, model):
-            found += [("figure", (f"curves-{model}", curves_figure(study, model)))]
-        ablations = ablation_table(study, model)
-        if len(ablations) > 1:
-            found += [("h2", f"Ablations: {model}"), ("table", ablations)]
+        summary = [order_table(study, model), effect_table(study, model)]
+        found += [("h2", f"Model: {model}"), ("list", conditions(study, model))]
+        found += [("table", table) for table in summary if len(table) > 1] + [("list", findings(study, model))]
+        if whole(study.arms(model)):
+            found += [("h2", f"Training: {model}"), ("table", loss_table(study, model))]
+            found += [("table", seed_table(study, model)), ("figure", (f"curves-{model}", curves_figure(study, model)))]
+        tables = {"Claims": claims_table(study, model), "Ingredients": ablation_table(study, model)}
+        for title, table in tables.items():
+            found += [("h2", f"{title}: {model}"), ("table", table)] if len(table) > 1 else []
         if study.probes.get(model):
             found += [("h2", f"Frozen probe: {model}"), ("p", PROBE), ("table", probe_table(study, model))]
-            ablations = probe_ablation_table(study, model)
-            found += [("table", ablations)] if len(ablations) > 1 else []
-            if len(kinds := kind_table(study, model)) > 1:
-                found += [("table", kinds)]
+            found += [
+                ("table", table) for make in (probe_ablation_table, kind_table) if len(table := make(study, model)) > 1
+            ]
             if with_panels(study, model):
                 found += [("figure", (f"probe-{model}", heat_map(study, model)))]
-    found += [("h2", "Commands"), ("list", [f"`{command}`" for command in sorted(study.commands)])]
-    return found
+    return [*found, ("h2", "Commands"), ("list", commands(study))]
 
 
 def to_markdown(parts: Sequence[tuple[str, Any]]) -> str:

@@ -24,7 +24,7 @@ pytest.importorskip("tokenizers")
 import study
 from lm import claims, commands, corpus, figures, report, tables
 from lm.arms import PLANS, PROBED, TWINS, make_arm, stabilisers
-from lm.findings import findings
+from lm.findings import findings, order_table
 from lm.machine import BadInput
 from lm.model import Shape
 from lm.probe import cosine
@@ -372,7 +372,7 @@ def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
         }
         for arm, error in losses.items()
     }
-    return result("", seed, 0.0) | {"kind": "probe", "arms": rows}
+    return result("", seed, 0.0) | {"kind": "probe", "command": "probe", "arms": rows}
 
 
 def write_results(folder: Path, results: list[dict[str, Any]]) -> claims.Study:
@@ -437,20 +437,21 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
         for seed in range(4):
             runs.append(result(arm, seed, (3.0 + seed / 100) * (1 + gap + noise[(seed + index) % 4])))
     runs += [probe_result(seed, {"hif4-plain": 0.004, "hif4": 0.002 + noise[seed]}) for seed in range(4)]
-    text = "\n".join(findings(write_results(tmp_path, runs), "dense"))
-    assert "Training loss: mean gap to BF16 HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%." in text
-    assert "Resolved: HiF4 < MXFP4, NVFP4 < MXFP4. Unresolved at this scale: HiF4 < NVFP4." in text
-    assert "Below 1%: HiF4, NVFP4. Above 1%: MXFP4." in text
-    assert (
-        "what stabilisers do to the gap (all in the table): helps – HiF4, the recipe's Hadamard transform (-0.20%)."
-        in text
-    )
-    assert (
-        "cosine of the mean gradient (all in the table): helps – HiF4, the recipe's Hadamard transform (+0.0020)."
-        in text
-    )
-    assert "cosine of one batch's gradient (all in the table): no effect – 1." in text
-    assert "last tenth of the steps but one and in the last: HiF4 +0.30% → +0.40%" in text
+    made = write_results(tmp_path, runs)
+    text, (_, *orders) = "\n".join(findings(made, "dense")), order_table(made, "dense")
+    assert orders[0] == [
+        "training loss",
+        "HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%",
+        "HiF4 below, NVFP4 below, MXFP4 above",
+        "HiF4 < MXFP4, NVFP4 < MXFP4",
+        "HiF4 < NVFP4",
+    ]
+    assert tables.effect_table(made, "dense")[1:] == [["all of the recipe", "helps, -0.20%", "–", "–"]]
+    (probed,) = tables.probe_ablation_table(made, "dense")[1:]
+    assert probed[1:3] == ["all of the recipe: Hadamard transform", "+0.40% → +0.20%: helps"]
+    assert probed[3].endswith(": no effect") and probed[4] == "0.9460 → 0.9480: helps"
+    earlier = {row[0]: row[4] for row in tables.loss_table(made, "dense")}
+    assert earlier["HiF4"] == "+0.30% ± 0.01%"
     assert "final losses of 4 seeds lie 1.00% apart" in text
     assert "MXFP4 90.0%, NVFP4 90.0%, HiF4-plain 90.0% (all at or above 90%)" in text
     assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
@@ -469,7 +470,7 @@ def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Pat
     assert ["training loss", f"HiF4's gap is below NVFP4's{note}", "4 seeds"] in rows
     assert ["training loss", "HiF4-plain's gap is below NVFP4-plain's", "4 seeds"] in rows
     assert ["frozen probe", f"HiF4's gap is below NVFP4's{note}", "2 batches"] in rows
-    assert "NVFP4 +2.00% (with 75.0% of the FLOPs in FP4)" in findings(made, "dense")[0]
+    assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][1]
 
 
 def test_stabilisers_in_words() -> None:
@@ -483,12 +484,14 @@ def test_stabilisers_in_words() -> None:
 
 
 def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
-    text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
-    assert len(text) == 3 and text[2].startswith("Nothing was trained")
-    assert all("Fewer than 4 pairs carry no claim." in sentence for sentence in text[:2])
+    made = write_results(tmp_path, [probe_result(0, {"hif4": 0.01})])
+    (text,) = findings(made, "dense")
+    assert text.startswith("Nothing was trained")
+    assert [row[3] for row in order_table(made, "dense")[1:]] == ["fewer than 4 pairs carry no claim"] * 2
     broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [9.0] * 10 + [None]}
-    text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
-    assert text[0] == "Training loss: diverged: HiF4."
+    made = write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken, result("hif4-plain", 0, 3.1)])
+    assert order_table(made, "dense")[1] == ["training loss", "HiF4 diverged", "–", "–", "–"]
+    assert tables.effect_table(made, "dense")[1][:2] == ["all of the recipe", "diverged"]
 
 
 def test_probes_of_many_files_are_one(tmp_path: Path) -> None:
@@ -611,7 +614,7 @@ def test_what_two_names_stand_for_is_compared_once(tmp_path: Path) -> None:
     runs = [result(arm, seed, 2.0 * (1 + gap)) for arm, gap in gaps.items() for seed in range(4)]
     rows = tables.ablation_table(write_results(tmp_path, runs), "dense")
     assert [(*row[:2], row[4], row[5]) for row in rows[1:]] == [
-        ("HiF4", "the recipe's Hadamard transform", "-1.00% ± 0.00%", "helps"),
+        ("HiF4", "all of the recipe: Hadamard transform", "-1.00% ± 0.00%", "helps"),
         ("MXFP4", "truncation-free scales, under both", "-1.00% ± 0.00%", "helps"),
     ]
 
@@ -632,7 +635,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert ["block input", "0.9800", "0.9800"] in tables.kind_table(made, "dense")
     assert ["attention.q_proj", "0.6000", "0.6000"] in tables.kind_table(made, "dense")
     ablations = {tuple(row[:2]): row for row in tables.ablation_table(made, "dense")}
-    assert ablations["HiF4", "Hadamard transform"][2:] == [
+    assert ablations["HiF4", "Hadamard transform"][2:6] == [
         "+1.50% ± 0.00%",
         "+2.00% ± 0.00%",
         "+0.50% ± 0.00%",
@@ -647,10 +650,29 @@ def test_the_report(tmp_path: Path) -> None:
     assert all((out / name).read_bytes().startswith(PNG) for name in files if name.endswith(".png"))
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
-    assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
-    shares = {row[0]: row[6] for row in tables.loss_table(made, "dense")}
-    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "90.0%")
-    assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
+    assert (
+        "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text
+        and "HiF4-plain+rht" not in text
+        and "![curves-dense](curves-dense.png)" in text
+    )
+    shares = {row[0]: row[7] for row in tables.loss_table(made, "dense")[1:]}
+    assert shares == {"BF16": "–", **dict.fromkeys(("HiF4", "MXFP4", "HiF4-plain", "MXFP4-plain"), "90.0%")}
+    assert "`train --arm ARM` with ARM = `bf16`, `hif4`, " in text and "<code>train --arm ARM</code> with" in page
+
+
+def test_commands_that_differ_in_arms_and_time_are_one_line() -> None:
+    made = claims.Study()
+    made.commands = {
+        "study.py train --arm hif4 --seed 0 1 --minutes 2.5",
+        "study.py train --arm 'own recipe.toml' --seed 0 1 --minutes 1",
+        "study.py probe --arms hif4 nvfp4:wgrad --batches 2",
+        "study.py probe --batches 2",
+    }
+    assert report.commands(made) == [
+        "`study.py probe --arms ARM --batches 2` with ARM = `hif4 nvfp4:wgrad`",
+        "`study.py probe --batches 2`",
+        "`study.py train --arm ARM --seed 0 1` with ARM = `hif4`, `own recipe.toml`",
+    ]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
