@@ -12,7 +12,7 @@ from typing import Any
 
 from fp4compile.files import write_atomically
 from lm.claims import SEEDS, TAIL, TIMES, Study
-from lm.figures import curves_figure, heat_map, with_panels
+from lm.figures import curves_figure, effects, effects_figure, heat_map, with_panels
 from lm.findings import findings, order_table
 from lm.tables import (
     Table,
@@ -41,6 +41,12 @@ PROBE = (
     "step. The cosine is that between the gradients in FP4 and in BF16, of all weights of the layers as one vector: of "
     "one batch, where noise and bias count alike, and of the mean over all batches, where noise averages out and bias "
     "stays. Seeds are checkpoints here; where batches are the pairs, formats are told apart at these checkpoints alone."
+)
+
+
+EFFECTS = (
+    f"A dot per seed; the bar reaches {TIMES:g} spreads to both sides of their mean, so that by the rule an ingredient "
+    "whose bar does not touch zero is resolved, if it has four seeds: green helps, red hurts."
 )
 
 
@@ -123,9 +129,12 @@ def sections(study: Study) -> list[tuple[str, Any]]:
         if whole(study.arms(model)):
             found += [("h2", f"Training: {model}"), ("table", loss_table(study, model))]
             found += [("table", seed_table(study, model)), ("figure", (f"curves-{model}", curves_figure(study, model)))]
-        tables = {"Claims": claims_table(study, model), "Ingredients": ablation_table(study, model)}
-        for title, table in tables.items():
-            found += [("h2", f"{title}: {model}"), ("table", table)] if len(table) > 1 else []
+        if len(claimed := claims_table(study, model)) > 1:
+            found += [("h2", f"Claims: {model}"), ("table", claimed)]
+        if len(ablations := ablation_table(study, model)) > 1:
+            found += [("h2", f"Ingredients: {model}"), ("table", ablations)]
+        if effects(study, model):
+            found += [("p", EFFECTS), ("figure", (f"effects-{model}", effects_figure(study, model)))]
         if study.probes.get(model):
             found += [("h2", f"Frozen probe: {model}"), ("p", PROBE), ("table", probe_table(study, model))]
             found += [

@@ -35,9 +35,9 @@ ABLATIONS = {
     WHOLE: ("-plain", ""),
     "Hadamard transform": ("-plain", "-plain+rht"),
     "stochastic rounding": ("-plain", "-plain+sr"),
-    "both": ("-plain", "-plain+rht+sr"),
-    "truncation-free scales, nearest": ("-plain", "-plain+tf"),
-    "truncation-free scales, under both": ("-plain+rht+sr", "-plain+rht+sr+tf"),
+    "both of these": ("-plain", "-plain+rht+sr"),
+    "truncation-free scales": ("-plain", "-plain+tf"),
+    "truncation-free scales, added to both": ("-plain+rht+sr", "-plain+rht+sr+tf"),
     "2-D blocks of the weights": ("-plain", "-plain+2d"),
     "no tensor scale": ("-plain", "-plain+nopts"),
     "BF16 for the last 10% of the steps": ("", "@0.9"),
@@ -173,15 +173,13 @@ def in_words(format: str, ingredient: str) -> str:
 
 def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Errors]]:
     """Format, ingredient, and the errors without and with it, of what both were measured of for some seed."""
-    found, seen = [], set()
+    found = []
     for format in MAIN[1:]:
         for name, suffixes in ABLATIONS.items():
             arms = [format + suffix for suffix in suffixes]
-            arms = [arm if errors(arm) else TWINS.get(arm, arm) for arm in arms]
-            without, given = map(errors, arms)
+            without, given = (errors(arm) or errors(TWINS.get(arm, arm)) for arm in arms)
             both = sorted(without.keys() & given.keys())
-            if both and tuple(arms) not in seen:  # the one ingredient of a recipe is the whole recipe
-                seen.add(tuple(arms))
+            if both:
                 pairs = ({seed: errors[seed] for seed in both} for errors in (without, given))
                 found.append((format, name, *pairs))
     return found

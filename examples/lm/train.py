@@ -215,7 +215,7 @@ class Trainer:
                 sites = {status: report.count(status) for status in ("fp4", "kept", "refused")}
                 reasons = sorted({site.reason for site in report.sites if site.reason})
                 self.report = {"fp4_share": report.fp4_share, "gemms": sites, "reasons": reasons, "notes": report.notes}
-        self.model.zero_grad()
+            self.model.zero_grad()  # under CUDA graphs gradients lie where the next precision's graphs write
         synchronise(self.device)
         return time.perf_counter() - started
 
