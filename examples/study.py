@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from lm.arms import PLANS, PROBED, Arm, check_widths, make_arm
-from lm.claims import read_study
 from lm.commands import LINE, UNFINISHED, WORDS, Leave, bars, run_all
 from lm.corpus import Corpus, check_length, load_corpus
 from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
 from lm.model import Shape
 from lm.probe import Probe, load_checkpoint
 from lm.report import markdown_table, write_report
+from lm.results import read_study
 from lm.tables import all_claims, loss_table
 from lm.train import (
     Files,

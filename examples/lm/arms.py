@@ -209,13 +209,13 @@ PLANS: Mapping[str, Plan] = {
         "four seeds of every format with and without stabilisers, branching off BF16, dense and MoE",
         1200,
         64,
-        (Part("dense", (*MAIN, *PLAIN), FOUR), Part("moe", (*MAIN, "hif4-plain"), FOUR)),
+        (Part("dense", (*MAIN, *PLAIN), FOUR), Part("moe", (*MAIN, *PLAIN), FOUR)),
         branch=0.5,
     ),
     "full": Plan(
-        "four seeds of the recipes, dense and MoE, and two of the ablations",
+        "four seeds of the recipes, dense and MoE, and of the ablations",
         3000,
         128,
-        (Part("dense", MAIN, FOUR), Part("moe", MAIN, FOUR), Part("dense", ABLATIONS, (0, 1))),
+        (Part("dense", MAIN, FOUR), Part("moe", MAIN, FOUR), Part("dense", ABLATIONS, FOUR)),
     ),
 }

@@ -13,8 +13,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lm.arms import LABELS, MAIN, label
-from lm.claims import TIMES, Study, mean_and_spread
+from lm.claims import TIMES, mean_and_spread
 from lm.plot import COLOURS, STYLE, Curve, gap, panel, png, smooth
+from lm.results import Study
 from lm.tables import ABLATIONS, ablated, effect, kind, paired, place_means, probed, whole
 
 _ROLES = {"": "all three GEMMs", ":forward": "forward alone", ":dgrad": "dgrad alone", ":wgrad": "wgrad alone"}
@@ -36,7 +37,8 @@ def with_panels(study: Study, model: str) -> list[str]:
 def curves_figure(study: Study, model: str) -> bytes:
     """Loss curves left, their gap to BF16 right, with a band of its spread over the seeds; means over 5% of the steps.
 
-    Both are of all arms but the ablations, and of the seeds that every one has, if there are any.
+    Both begin where the arms part, and are of all arms but the ablations, of the seeds that every one has, if there are
+    any.
     """
     arms = whole(study.arms(model))
     runs = {arm: study.runs[model, arm] for arm in arms}
@@ -60,11 +62,8 @@ def curves_figure(study: Study, model: str) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        panel(left, f"Training loss (nats per token; means over {window} steps)", losses, window // 2, ".3f")
-        for axes in (left, right):
-            if branch:
-                axes.axvline(branch, color="#999999", lw=1, ls=":")
         start = branch + window // 2
+        panel(left, f"Training loss (nats per token; means over {window} steps)", losses, start, ".3f")
         for colour, band in bands:
             low, high = ([mean + sign * spread for mean, spread in band[start:]] for sign in (-1, 1))
             right.fill_between(range(start + 1, len(band) + 1), low, high, color=colour, alpha=0.15, lw=0)
@@ -99,7 +98,7 @@ def effects_figure(study: Study, model: str) -> bytes:
     found = effects(study, model)
     names = [name for name in ABLATIONS if any(name in rows for rows in found.values())]
     reach = sorted(max(map(abs, pairs)) for rows in found.values() for pairs in rows.values())
-    limit = 1.5 * max(value for value in reach if value <= 4 * statistics.median(reach))  # others are written
+    limit = 1.5 * max(value for value in reach if value <= 4 * statistics.median(reach)) or 1.0  # others are written
     with matplotlib.rc_context(STYLE | {"font.size": 9}):
         figure = Figure(figsize=(2.6 + 3.2 * len(found), 1.1 + 0.3 * len(names)), layout="constrained")
         grids = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
@@ -125,7 +124,7 @@ def _write_effect(axes: Any, row: int, pairs: list[float], limit: float) -> None
             axes.plot([mean - TIMES * deviation, mean + TIMES * deviation], [row, row], color=colour, lw=4, alpha=0.35)
         axes.plot(pairs, [row] * len(pairs), "o", color=colour, ms=3)
     else:
-        axes.plot([limit * math.copysign(0.7, mean)], [row], ">" if mean > 0 else "<", color=colour, ms=5)
+        axes.plot([limit * math.copysign(0.6, mean)], [row], ">" if mean > 0 else "<", color=colour, ms=5)
     axes.text(limit, row, f"{round(mean, 2) + 0.0:+.2f}", color=colour, va="center", ha="right", fontsize=8)
 
 

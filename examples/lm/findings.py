@@ -5,22 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 from lm.arms import MAIN, PLAIN, label
-from lm.claims import (
-    BAR,
-    SEEDS,
-    TIMES,
-    Errors,
-    Study,
-    final_loss,
-    held_out_loss,
-    mean_and_spread,
-    percent,
-    verdict,
-)
-from lm.tables import Table, paired
+from lm.claims import BAR, SEEDS, TIMES, mean_and_spread, percent, verdict
+from lm.results import Errors, Study, final_loss, held_out_loss, tenth_loss
+from lm.tables import Table, paired, whole
 
 SHARE = 0.9  # of the FLOPs of all GEMMs: what "every linear and expert GEMM in FP4" is taken to mean
 
@@ -28,7 +19,7 @@ SHARE = 0.9  # of the FLOPs of all GEMMs: what "every linear and expert GEMM in 
 def findings(study: Study, model: str) -> list[str]:
     """The sentences on one model."""
     shares = {arm: study.share(model, arm) for arm in (*MAIN, *PLAIN)}
-    found = [_seeds(study, model), _share(shares), _devices(study, model), _bounds(study, model)]
+    found = [_trend(study, model), _seeds(study, model), _share(shares), _devices(study, model), _bounds(study, model)]
     return [sentence for sentence in found if sentence]
 
 
@@ -41,14 +32,15 @@ def order_table(study: Study, model: str) -> Table:
         "frozen probe, batches as pairs": lambda arm: study.batch_errors(model, arm),
     }
     shares = {arm: study.share(model, arm) for arm in (*MAIN, *PLAIN)}
-    rows = [["measured by", "mean gap to BF16", f"against {BAR:.0%}", "resolved", "unresolved at this scale"]]
-    for arms in (MAIN[1:], PLAIN):
-        rows += [[name, *cells] for name, errors in measures.items() if (cells := _order(errors, shares, arms))]
+    head = ["measured by", "arms", "mean gap to BF16", f"against {BAR:.0%}", "resolved", "unresolved at this scale"]
+    rows = [head]
+    for which, arms in {"recipes": MAIN[1:], "plain formats": PLAIN}.items():
+        rows += [[name, which, *cells] for name, errors in measures.items() if (cells := _order(errors, shares, arms))]
     return rows
 
 
 def _order(errors: Callable[[str], Errors], shares: Mapping[str, float | None], arms: Sequence[str]) -> list[str]:
-    """Gaps, side of the bar, pairs of arms that are resolved and that are not: of the seeds that all arms have."""
+    """Gaps, side of the bar, pairs of formats that are resolved and that are not: of the seeds that all arms have."""
     known = {arm: found for arm in arms if (found := errors(arm))}
     broken = [arm for arm, found in known.items() if not all(map(math.isfinite, found.values()))]
     known = {arm: found for arm, found in known.items() if arm not in broken}
@@ -57,31 +49,41 @@ def _order(errors: Callable[[str], Errors], shares: Mapping[str, float | None], 
         known = {arm: {key: found[key] for key in sorted(common)} for arm, found in known.items()}
     order = sorted(known, key=lambda arm: statistics.fmean(known[arm].values()))
     most = max((shares.get(arm) or 0.0 for arm in order), default=0.0)
+    format = {arm: label(arm.removesuffix("-plain")) for arm in arms}
     gaps, sides = [], []
     for arm in order:
         share = shares.get(arm)
         less = f" ({share:.1%} of the FLOPs in FP4)" if share and share < most else ""
-        gaps.append(f"{label(arm)} {percent(statistics.fmean(known[arm].values()))}{less}")
+        gaps.append(f"{format[arm]} {percent(statistics.fmean(known[arm].values()))}{less}")
         side = verdict([error - BAR for error in known[arm].values()])
-        sides += [f"{label(arm)} {side}"] if side != "unresolved" else []
-    gaps += [f"{label(arm)} diverged" for arm in broken]
-    sure: dict[bool, list[str]] = {True: [], False: []}
+        sides += [f"{format[arm]} {side}"] if side != "unresolved" else []
+    gaps += [f"{format[arm]} diverged" for arm in broken]
+    pairs: dict[bool, list[str]] = {True: [], False: []}
     for low, high in combinations(order, 2):
-        sure[verdict(paired(known[low], known[high])) == "below"].append(f"{label(low)} < {label(high)}")
+        pairs[verdict(paired(known[low], known[high])) == "below"].append(f"{format[low]} < {format[high]}")
     few = known and min(len(found) for found in known.values()) < SEEDS
-    resolved = f"fewer than {SEEDS} pairs carry no claim" if few else ", ".join(sure[True])
-    return (
-        [cell or "–" for cell in map(", ".join, (gaps, sides))] + [resolved or "–", ", ".join(sure[False]) or "–"]
-        if gaps
-        else []
-    )
+    resolved = [f"fewer than {SEEDS} pairs carry no claim"] if few else pairs[True]
+    return [", ".join(cell) or "–" for cell in (gaps, sides, resolved, pairs[False])] if gaps else []
+
+
+def _trend(study: Study, model: str) -> str:
+    """Which gaps have not settled, by the rule."""
+    changes: dict[str, list[str]] = {"above": [], "below": []}
+    for arm in (*MAIN[1:], *PLAIN):
+        earlier, last = (study.errors(model, arm, partial(tenth_loss, last=number)) for number in (2, 1))
+        changes.setdefault(verdict(paired(last, earlier)), []).append(label(arm))
+    parts = {"still growing": changes["above"], "still shrinking": changes["below"]}
+    said = "; ".join(f"{word}: {', '.join(arms)}" for word, arms in parts.items() if arms)
+    return f"Gaps in the last tenth of the steps against the tenth before, by the same rule: {said}." if said else ""
 
 
 def _seeds(study: Study, model: str) -> str:
     """How far BF16 runs of other seeds lie apart, and what pairs can tell."""
     base = study.runs.get((model, "bf16"), {})
     losses = [final_loss(run) for run in base.values()]
-    spreads = [mean_and_spread(study.errors(model, arm).values())[1] for arm in study.arms(model) if arm != "bf16"]
+    spreads = [
+        mean_and_spread(study.errors(model, arm).values())[1] for arm in whole(study.arms(model)) if arm != "bf16"
+    ]
     spreads = [spread for spread in spreads if math.isfinite(spread)]
     if len(losses) < 2 or not spreads:
         return ""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fp4compile.files import write_atomically
-from lm.claims import SEEDS, TAIL, TIMES, Study
+from lm.claims import SEEDS, TIMES
 from lm.figures import curves_figure, effects, effects_figure, heat_map, with_panels
 from lm.findings import findings, order_table
+from lm.results import TAIL, Study
 from lm.tables import (
     Table,
     ablation_table,
@@ -40,10 +41,9 @@ PROBE = (
     "A trained BF16 checkpoint of each seed; forward and gradients in FP4 at the same weights and batches, without a "
     "step. The cosine is that between the gradients in FP4 and in BF16, of all weights of the layers as one vector: of "
     "one batch, where noise and bias count alike, and of the mean over all batches, where noise averages out and bias "
-    "stays. Seeds are checkpoints here; where batches are the pairs, formats are told apart at these checkpoints alone."
+    "stays; it counts as 0 where a gradient vanished. Seeds are checkpoints here; where batches are the pairs, formats "
+    "are told apart at these checkpoints alone."
 )
-
-
 EFFECTS = (
     f"A dot per seed; the bar reaches {TIMES:g} spreads to both sides of their mean, so that by the rule an ingredient "
     "whose bar does not touch zero is resolved, if it has four seeds: green helps, red hurts."
@@ -165,9 +165,18 @@ def _inline(text: str) -> str:
 
 
 def _html_table(rows: Table) -> str:
-    head, *body = ["".join(f"<td>{_inline(cell)}</td>" for cell in row) for row in rows]
-    lines = "".join(f"<tr>{row}</tr>" for row in body)
-    return f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
+    """A table with columns of numbers to the right."""
+    number = re.compile(r"[+-]?\d[\d.,]*%?( ± [\d.]+%?)?")
+    numbers = [any(map(number.fullmatch, column)) for column in zip(*rows[1:], strict=True)]
+
+    def line(row: Sequence[str], tag: str) -> str:
+        cells = (
+            f"<{tag}{' class=n' * right}>{_inline(cell)}</{tag}>" for cell, right in zip(row, numbers, strict=True)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _html_figure(figure: tuple[str, bytes]) -> str:
@@ -177,8 +186,8 @@ def _html_figure(figure: tuple[str, bytes]) -> str:
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}
-th,td{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}
+th,td{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+.n{text-align:right;white-space:nowrap}
 img{max-width:100%}code{font-size:85%;overflow-wrap:anywhere}"""
 
 

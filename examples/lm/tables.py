@@ -10,20 +10,8 @@ from functools import partial
 
 from fp4compile.recipe import RECIPES
 from lm.arms import MAIN, PLAIN, TWINS, label, stabilisers
-from lm.claims import (
-    Claim,
-    Errors,
-    Result,
-    Study,
-    claims,
-    final_loss,
-    held_out_loss,
-    mean_and_spread,
-    percent,
-    probe_batches,
-    tenth_loss,
-    verdict,
-)
+from lm.claims import Claim, claims, mean_and_spread, percent, verdict
+from lm.results import Errors, Result, Study, final_loss, held_out_loss, probe_batches, tenth_loss
 
 Table = list[list[str]]
 SHOWN = 5e-5  # what tables round to zero: two graphs of one arithmetic differ by fp32's rounding

@@ -289,6 +289,12 @@ class _Run:
         done = self.load(trunk)
         if done != self.first:
             raise BadInput(f"{trunk.state}: {done} of {self.first} steps; train the bf16 arm with this --branch first")
+        shared = self.losses[:done].tolist()
+        for path in sorted(trunk.folder.glob(f"{self.settings.model}-*-s{self.seed}.json")):
+            if json.loads(path.read_text())["losses"][:done] != shared:
+                raise BadInput(
+                    f"{path} branched off another trunk than {trunk.state}; use another --out, or remove one"
+                )
         self.seconds = 0.0
         return done
 

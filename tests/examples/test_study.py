@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tokenizers")
 
 import study
-from lm import claims, commands, corpus, figures, report, tables
+from lm import claims, commands, corpus, figures, report, results, tables
 from lm.arms import PLANS, PROBED, TWINS, make_arm, stabilisers
 from lm.findings import findings, order_table
 from lm.machine import BadInput
@@ -236,6 +236,10 @@ def test_arms_branch_off_one_trunk(tmp_path: Path) -> None:
     ours, theirs = (json.loads((tmp_path / f"dense-{arm}-s5.json").read_text())["losses"] for arm in ("bf16", "mxfp4"))
     assert ours == whole  # a branch of its own trunk is the run from scratch
     assert theirs[:3] == whole[:3] and theirs[3:] != whole[3:]
+    result_ = tmp_path / "dense-bf16-s5.json"  # of a trunk that was made elsewhere, say
+    result_.write_text(json.dumps(json.loads(result_.read_text()) | {"losses": [9.0, *ours[1:]]}))
+    with pytest.raises(BadInput, match=r"dense-bf16-s5\.json branched off another trunk"):
+        go(second, trunk)
     assert theirs[3] == pytest.approx(whole[3], rel=1e-3)  # same weights, same batch
 
 
@@ -388,12 +392,12 @@ def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
     return result("", seed, 0.0) | {"kind": "probe", "command": "probe", "arms": rows}
 
 
-def write_results(folder: Path, results: list[dict[str, Any]]) -> claims.Study:
+def write_results(folder: Path, all_made: list[dict[str, Any]]) -> results.Study:
     folder.mkdir(exist_ok=True)
-    for index, made in enumerate(results):
+    for index, made in enumerate(all_made):
         (folder / f"{index}.json").write_text(json.dumps(made))
     (folder / "tokenizer-0.json").write_text('{"model": {}}')
-    return claims.read_study(folder)
+    return results.read_study(folder)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +427,7 @@ def test_errors_are_relative_and_paired_by_seed(tmp_path: Path) -> None:
     runs = [result("bf16", 0, 2.0), result("bf16", 1, 4.0), result("hif4", 0, 2.1), result("hif4", 1, 4.1)]
     study_ = write_results(tmp_path, [*runs, result("hif4", 2, 9.0)])  # seed 2 has no BF16
     assert study_.errors("dense", "hif4") == pytest.approx({0: 0.05, 1: 0.025})
-    assert study_.errors("dense", "hif4", claims.held_out_loss) == pytest.approx({0: 0.1 / 2.1, 1: 0.1 / 4.1})
+    assert study_.errors("dense", "hif4", results.held_out_loss) == pytest.approx({0: 0.1 / 2.1, 1: 0.1 / 4.1})
 
 
 def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
@@ -453,12 +457,14 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
     made = write_results(tmp_path, runs)
     text, (_, *orders) = "\n".join(findings(made, "dense")), order_table(made, "dense")
     assert orders[0] == [
-        "training loss",
+        *("training loss", "recipes"),
         "HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%",
         "HiF4 below, NVFP4 below, MXFP4 above",
         "HiF4 < MXFP4, NVFP4 < MXFP4",
         "HiF4 < NVFP4",
     ]
+    plain = [row[:3] for row in orders if row[1] == "plain formats"]
+    assert plain[0] == ["training loss", "plain formats", "HiF4 +0.60%"]
     assert tables.effect_table(made, "dense")[1:] == [
         [name, "helps, -0.20%", "–", "–"] for name in ("all of the recipe", "Hadamard transform")
     ]
@@ -467,6 +473,7 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
     assert probed[3].endswith(": no effect") and probed[4] == "0.9460 → 0.9480: helps"
     earlier = {row[0]: row[4] for row in tables.loss_table(made, "dense")}
     assert earlier["HiF4"] == "+0.30% ± 0.01%"
+    assert "tenth before, by the same rule: still growing: HiF4, MXFP4, NVFP4, HiF4-plain." in text
     assert "final losses of 4 seeds lie 1.00% apart" in text
     assert "MXFP4 90.0%, NVFP4 90.0%, HiF4-plain 90.0% (all at or above 90%)" in text
     assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
@@ -485,7 +492,7 @@ def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Pat
     assert ["training loss", f"HiF4's gap is below NVFP4's{note}", "4 seeds"] in rows
     assert ["training loss", "HiF4-plain's gap is below NVFP4-plain's", "4 seeds"] in rows
     assert ["frozen probe", f"HiF4's gap is below NVFP4's{note}", "2 batches"] in rows
-    assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][1]
+    assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][2]
 
 
 def test_stabilisers_in_words() -> None:
@@ -502,10 +509,10 @@ def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
     made = write_results(tmp_path, [probe_result(0, {"hif4": 0.01})])
     (text,) = findings(made, "dense")
     assert text.startswith("Nothing was trained")
-    assert [row[3] for row in order_table(made, "dense")[1:]] == ["fewer than 4 pairs carry no claim"] * 2
+    assert [row[4] for row in order_table(made, "dense")[1:]] == ["fewer than 4 pairs carry no claim"] * 2
     broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [9.0] * 10 + [None]}
     made = write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken, result("hif4-plain", 0, 3.1)])
-    assert order_table(made, "dense")[1] == ["training loss", "HiF4 diverged", "–", "–", "–"]
+    assert order_table(made, "dense")[1] == ["training loss", "recipes", "HiF4 diverged", "–", "–", "–"]
     assert tables.effect_table(made, "dense")[1][:2] == ["all of the recipe", "diverged"]
 
 
@@ -529,7 +536,7 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "results",
+    "all_made",
     [
         [result("hif4-plain+sr", 0, 2.0)],
         [probe_result(0, {"hif4-plain": 0.01, "hif4-plain:wgrad": 0.0})],
@@ -537,8 +544,8 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
     ],
     ids=["ablations alone", "plain formats alone", "one role alone"],
 )
-def test_a_report_of_what_no_figure_shows(results: list[dict[str, Any]], tmp_path: Path) -> None:
-    made = write_results(tmp_path / "results", results)
+def test_a_report_of_what_no_figure_shows(all_made: list[dict[str, Any]], tmp_path: Path) -> None:
+    made = write_results(tmp_path / "results", all_made)
     assert {path.name for path in report.write_report(made, tmp_path)} == {"report.md", "report.html"}
 
 
@@ -572,7 +579,7 @@ def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "dense-hif4-s0.json").write_text('{"kind": "train", "mod')
     with pytest.raises(BadInput, match=r"dense-hif4-s0\.json is no whole JSON file"):
-        claims.read_study(tmp_path)
+        results.read_study(tmp_path)
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
@@ -585,11 +592,11 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     ):
         (tmp_path / "0.json").write_text(json.dumps({key: value for key, value in made.items() if key != lost}))
         with pytest.raises(BadInput, match=rf"0\.json is no result of study\.py: .*{re.escape(message)}"):
-            claims.read_study(tmp_path)
+            results.read_study(tmp_path)
     for broken in (whole[0] | {"losses": [3.0]}, whole[1] | {"arms": {"hif4": {}}}):
         (tmp_path / "0.json").write_text(json.dumps(broken))
         with pytest.raises(BadInput, match="losses"):
-            claims.read_study(tmp_path)
+            results.read_study(tmp_path)
 
 
 def test_results_that_stand_for_one_thing_are_refused(tmp_path: Path) -> None:
@@ -642,6 +649,12 @@ def test_a_gradient_that_vanished_has_no_direction() -> None:
     assert math.isnan(cosine(one, one * math.nan))
 
 
+def test_ingredients_without_effect_are_drawn(tmp_path: Path) -> None:
+    made = write_results(tmp_path, [result(arm, 0, 2.0) for arm in ("bf16", "hif4-plain", "hif4")])
+    assert tables.effect_table(made, "dense")[1] == ["all of the recipe", "no effect, 0.00%", "–", "–"]
+    assert figures.effects_figure(made, "dense").startswith(PNG)
+
+
 def test_the_report(tmp_path: Path) -> None:
     names = ("bf16", "hif4", "mxfp4", "hif4-plain", "hif4-plain+rht", "mxfp4-plain", "mxfp4-plain+sr", "hif4@0.9")
     runs = [result(arm, seed, 2.0 + 0.01 * i) for i, arm in enumerate(names) for seed in (0, 1)]
@@ -668,6 +681,7 @@ def test_the_report(tmp_path: Path) -> None:
     }
     assert all((out / name).read_bytes().startswith(PNG) for name in files if name.endswith(".png"))
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "<th>gap in training loss</th><th class=n>seed 0</th>" in page and "<td class=n>+0.50%</td>" in page
     assert page.count('src="data:image/png;base64,') == 4 and "&lt;made up&gt;" in page and "http" not in page
     assert (
         "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text
@@ -680,7 +694,7 @@ def test_the_report(tmp_path: Path) -> None:
 
 
 def test_commands_that_differ_in_arms_and_time_are_one_line() -> None:
-    made = claims.Study()
+    made = results.Study()
     made.commands = {
         "study.py train --arm hif4 --seed 0 1 --minutes 2.5",
         "study.py train --arm 'own recipe.toml' --seed 0 1 --minutes 1",
