@@ -215,7 +215,7 @@ class Trainer:
                 sites = {status: report.count(status) for status in ("fp4", "kept", "refused")}
                 reasons = sorted({site.reason for site in report.sites if site.reason})
                 self.report = {"fp4_share": report.fp4_share, "gemms": sites, "reasons": reasons, "notes": report.notes}
-        self.model.zero_grad()
+            self.model.zero_grad()  # under CUDA graphs gradients lie where the next precision's graphs write
         synchronise(self.device)
         return time.perf_counter() - started
 
@@ -289,6 +289,12 @@ class _Run:
         done = self.load(trunk)
         if done != self.first:
             raise BadInput(f"{trunk.state}: {done} of {self.first} steps; train the bf16 arm with this --branch first")
+        shared = self.losses[:done].tolist()
+        for path in sorted(trunk.folder.glob(f"{self.settings.model}-*-s{self.seed}.json")):
+            if json.loads(path.read_text())["losses"][:done] != shared:
+                raise BadInput(
+                    f"{path} branched off another trunk than {trunk.state}; use another --out, or remove one"
+                )
         self.seconds = 0.0
         return done
 
