@@ -28,7 +28,7 @@ from typing import Any
 from lm.arms import PLANS, PROBED, Arm, check_widths, make_arm
 from lm.commands import LINE, UNFINISHED, WORDS, Leave, bars, run_all
 from lm.corpus import Corpus, check_length, load_corpus
-from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
+from lm.machine import BadInput, check_folder, make_deterministic, pick_device, pick_dtype, positive
 from lm.model import Shape
 from lm.probe import Probe, load_checkpoint
 from lm.report import markdown_table, write_report
@@ -43,7 +43,6 @@ from lm.train import (
     files_of_run,
     files_of_trunk,
     finished,
-    make_deterministic,
     steps_done,
 )
 from rich.console import Console
@@ -102,7 +101,7 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
         "--no-deterministic",
         dest="deterministic",
         action="store_false",
-        help="CUDA: other bits each time",
+        help="other bits each time, on CUDA and on several threads of a CPU",
     )
     add("--out", type=Path, default=Path(__file__).parent / "out" / "study", help="folder of results and checkpoints")
 
@@ -181,7 +180,6 @@ def fill(options: argparse.Namespace) -> None:
     """Put what the options leave open in its place."""
     device = pick_device(options.device)
     options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
-    options.deterministic = options.deterministic and device.type == "cuda"
 
 
 def fill_training(options: argparse.Namespace) -> None:

@@ -161,12 +161,6 @@ def _same(path: Path, made: str, settings: Settings) -> None:
         raise BadInput(f"{path} was made with other settings ({', '.join(changed)}); use another --out, or remove it")
 
 
-def make_deterministic() -> None:
-    """Ask for kernels whose results do not depend on the order of atomic additions."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
 def forward(compiled: Callable[..., Tensor], window: Tensor, settings: Settings) -> Tensor:
     """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name.
 
