@@ -37,6 +37,7 @@ class Options:
         mode: an Inductor mode (torch refuses `mode=` beside `options=`).
         strict: a GEMM that the recipe asks for and that cannot be done is an error; else a reported fallback.
         keep: globs of modules that stay in high precision.
+        cache_weights: keep quantised weights between calls, and quantise them anew when they have changed.
     """
 
     recipe: Any = "hif4"
@@ -44,6 +45,7 @@ class Options:
     mode: str | None = None
     strict: bool = True
     keep: Sequence[str] = ()
+    cache_weights: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -55,8 +57,9 @@ class Options:
         parsed = cls(**(options or {}))
         if parsed.mode not in MODES:
             raise unknown("mode", parsed.mode, [str(m) for m in MODES])
-        if not isinstance(parsed.strict, bool):
-            raise FP4TypeError(f"option 'strict' must be a bool, got {parsed.strict!r}")
+        for name in ("strict", "cache_weights"):
+            if not isinstance(getattr(parsed, name), bool):
+                raise FP4TypeError(f"option {name!r} must be a bool, got {getattr(parsed, name)!r}")
         if not isinstance(parsed.backend, str):
             raise FP4TypeError(f"option 'backend' must be a name, got {parsed.backend!r}")
         return parsed
@@ -140,6 +143,14 @@ def warn_unmatched(recipe: Recipe, root: nn.Module | None) -> None:
             warnings.warn(f"{glob!r} of recipe {recipe.name!r} matches no module{hint}", FP4Warning, stacklevel=2)
 
 
+def check_cacheable(backend: Backend, where: Frame) -> None:
+    """Refuse to cache weights where a change of one would not be seen, or by a backend that cannot."""
+    if not backend.caches_weights:
+        raise FP4ValueError(f"backend {backend.name!r} cannot cache weights: leave out cache_weights=True")
+    if where.untracked:
+        raise FP4ValueError(f"weights cannot be cached here: {where.untracked}. Leave out cache_weights=True")
+
+
 def make_context(options: Options, where: Frame, device: str) -> Context:
     """The context of one graph."""
     recipe = recipes.resolve(options.recipe, options.keep)
@@ -147,12 +158,15 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
     answer = backend.available()
     if isinstance(answer, No):
         raise FP4ValueError(f"backend {backend.name!r} is not available here: {answer.reason}")
+    if options.cache_weights:
+        check_cacheable(backend, where)
     warn_unmatched(recipe, where.root)
     return Context(
         recipe,
         backend,
         device,
         options.strict,
+        options.cache_weights,
         embeddings=set(where.embeddings),
         depths=where.depths,
         inner=recipe.keeps_by_depth and where.is_inner(),

@@ -2,7 +2,7 @@
 
 `make golden` writes the texts anew. A model gives `make() -> (module, example inputs)`, RECIPE and TRAIN; with
 EXPORT its inference graph comes from torch.export, parameters as attributes, and not from torch.compile; with
-CLAIMS (op -> what of it) the backend is one that claims kernels for these ops.
+CLAIMS (op -> what of it) the backend is one that claims kernels for these ops; with CACHE weights are cached.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _renumber(text: str) -> str:
 
 
 def _print(graph: Graph, context: Context) -> str:
-    return _renumber(text(graph, context.sites)) + "".join(f"# {_about(site)}\n" for site in context.sites)
+    programs = "".join(f"# forms of {p.parameter}:\n{_renumber(text(p.module.graph))}" for p in context.programs)
+    return _renumber(text(graph, context.sites)) + "".join(f"# {_about(site)}\n" for site in context.sites) + programs
 
 
 def _texts(name: str) -> dict[str, str]:
@@ -68,6 +69,7 @@ def _texts(name: str) -> dict[str, str]:
     found = {}
 
     def observe(step: Pass | None, graph: Graph, context: Context) -> None:
+        context.cache_weights = getattr(example, "CACHE", False)
         found[step.name if step else ""] = _print(graph, context)
 
     wanted = NAMES[: NAMES.index(name) + 1]

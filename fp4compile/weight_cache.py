@@ -1,0 +1,149 @@
+"""Quantised forms of weights that outlive a call: made anew where a weight has changed, handed over where it has not.
+
+    cache = WeightCache([program of q_proj.weight, ...], fixed=False)
+    cache.forms(0, q_proj.weight)  ->  (fake_quantize(weight, ..., 1), fake_quantize(weight, ..., 0))
+
+In a graph such a form is a call of `cached_weight`, which a backend replaces by an input of the half it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fp4compile.errors import RewriteError
+from fp4compile.ops import LIBRARY
+
+# Program `weight`, result `form`. `backward` keeps the nodes of both halves of a joint graph apart.
+LIBRARY.define(
+    "cached_weight(Tensor parameter, int weight, int form, bool backward, int[] size, int[] stride, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def _uncached(*args: Any, **kwargs: Any) -> Tensor:
+    raise RewriteError("fp4compile.cached_weight stands for an input of a graph, and the backend has put none there")
+
+
+def _like_a_form(
+    parameter: Tensor,
+    weight: int,
+    form: int,
+    backward: bool,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return parameter.new_empty_strided(size, stride, dtype=dtype)
+
+
+LIBRARY.impl("cached_weight", _uncached, "CompositeExplicitAutograd")
+torch.library.register_fake("fp4compile::cached_weight", _like_a_form, lib=LIBRARY)
+CACHED = torch.ops.fp4compile.cached_weight.default
+
+
+@dataclass(frozen=True)
+class Program:
+    """What makes the forms of one weight.
+
+    Attributes:
+        parameter: the weight's name.
+        module: takes the weight, gives a tuple of its forms; deterministic.
+        bytes: what the forms take.
+    """
+
+    parameter: str
+    module: GraphModule
+    bytes: int
+
+
+@dataclass
+class _Entry:
+    """The forms of a tensor as it was.
+
+    Attributes:
+        state: what changes when the tensor is written, and the stream on which the forms were made.
+    """
+
+    state: tuple[Any, ...] | None
+    forms: tuple[Tensor, ...]
+
+
+class WeightCache:
+    """The forms of the weights of one graph.
+
+    They live as long as the memory that a weight lies in: graphs may be called with the weights of another module, as
+    the blocks of a model are where they share a graph.
+
+    A change is a change of the tensor's version counter, which every in-place op of torch counts, or of its memory.
+    Steps of optimisers are counted too, as fused ones write without it. Not seen are writes through `weight.data` or
+    by kernels outside torch and outside optimisers; `torch.autograd.graph.increment_version(weight)` tells of these.
+    """
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        """Nothing is computed yet."""
+        self.programs = tuple(programs)
+        # Whether new forms are written where the old ones lie, as CUDA graphs want.
+        self.fixed = False
+        self._entries: Any = WeakIdKeyDictionary()  # storage -> (program, offset) -> _Entry
+        count_optimizer_steps()
+
+    def forms(self, weight: int, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The forms that a program makes of a tensor, of its present values."""
+        storage = tensor.untyped_storage()
+        entries = self._entries.get(storage)
+        if entries is None:
+            entries = self._entries[storage] = {}
+        key = weight, tensor.storage_offset()
+        entry = entries.get(key)
+        stream = _stream(tensor)
+        state = tensor._version, storage.data_ptr(), stream
+        if entry is None:
+            entry = entries[key] = _Entry(None, ())
+        if entry.state != state or _is_captured(tensor):
+            entry.state = None  # in case the program fails
+            self._make(entry, self.programs[weight], tensor)
+            entry.state = state
+        return entry.forms
+
+    def _make(self, entry: _Entry, program: Program, tensor: Tensor) -> None:
+        """Run a program; old forms are overwritten, or freed before new ones are made."""
+        if not self.fixed:
+            entry.forms = ()
+        # Forms of weights that training and inference share belong to neither.
+        with torch.inference_mode(False), torch.no_grad():
+            made = program.module(tensor)
+            if self.fixed and entry.forms:
+                for old, new in zip(entry.forms, made, strict=True):
+                    old.copy_(new)
+            else:
+                entry.forms = tuple(made)
+
+
+def _stream(tensor: Tensor) -> int:
+    """What runs on one stream is not ordered behind what runs on another."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured around the call: replays must make the forms themselves."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def count_optimizer_steps() -> None:
+    """Have each step of an optimiser count as a write of its parameters, in this process from now on."""
+    register_optimizer_step_post_hook(_count_writes)
+
+
+def _count_writes(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    written = [p for group in optimizer.param_groups for p in group["params"] if not p.is_inference()]
+    torch.autograd.graph.increment_version(written)

@@ -1,0 +1,188 @@
+"""Hoist the quantisation of weights out of the graph: they are quantised when they change, not at every call.
+
+    %wq = fake_quantize(%w, 'hif4', 1)
+    mm(%x, permute(%wq, [1, 0]))
+    ->
+    %wq = cached_weight(%w, 0, 0, ...)                       # weight 0, its form 0
+    mm(%x, permute(%wq, [1, 0]))
+
+    program of weight 0:  %w -> (fake_quantize(%w, 'hif4', 1), ...)
+
+Only where the user asks for it, as the forms of all weights then stay in memory between calls. A form depends on one
+parameter and on nothing else: what is drawn in each step stays in the graph. Forward and backward have nodes of their
+own, so that neither saves for the other what both are handed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fp4compile.graph import MOVES, is_backward, origin
+from fp4compile.ops import OPS
+from fp4compile.pipeline import Context
+from fp4compile.rewrite import call
+from fp4compile.weight_cache import CACHED, Program
+
+aten = torch.ops.aten
+
+# Ops that quantise. None of them draws: random bits come from a seed, which is no parameter.
+_CODECS = {
+    OPS[name].overload
+    for name in (
+        *("tensor_scale", "quantize", "dequantize", "fake_quantize", "fake_quantize_both", "hadamard"),
+        *("quantize_rowwise", "quantize_rowwise_both"),
+    )
+}
+# What may stand between a parameter and its quantisation, with the same bits wherever it is computed.
+_MOVES = MOVES | {torch.ops.prims.convert_element_type.default, aten._to_copy.default, operator.getitem}
+
+
+def _owners(graph: Graph, parameters: Mapping[Node, str]) -> dict[Node, Node]:
+    """Node that is made from one parameter alone, by moving and quantising it -> that parameter."""
+    owners: dict[Node, Node] = {}
+    for node in graph.nodes:  # in topological order
+        if node in parameters:
+            owners[node] = node
+        elif node.op == "call_function" and node.target in _CODECS | _MOVES:
+            of = {owners.get(source) for source in node.all_input_nodes}
+            owner = of.pop() if len(of) == 1 else None
+            if owner is not None:
+                owners[node] = owner
+    return owners
+
+
+def _is_form(node: Node) -> bool:
+    """Whether a node is a tensor that a codec gives, of a size known now."""
+    maker = node.all_input_nodes[0] if node.target is operator.getitem else node
+    value = node.meta.get("val")
+    known = isinstance(value, torch.Tensor) and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+    return maker.target in _CODECS and known
+
+
+def _closure(form: Node) -> set[Node]:
+    found, pending = set(), [form]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _program(parameter: Node, name: str, forms: list[Node]) -> Program:
+    """The graph that makes forms of a parameter."""
+    graph, copies = Graph(), {}
+    wanted = set().union(*map(_closure, forms))
+    for node in parameter.graph.nodes:
+        if node is parameter:
+            copies[node] = graph.placeholder("weight")
+            copies[node].meta = {"val": node.meta["val"]}
+        elif node in wanted:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[form] for form in forms))
+    return Program(name, GraphModule(torch.nn.Module(), graph), sum(map(_bytes, forms)))
+
+
+def _bytes(form: Node) -> int:
+    value: torch.Tensor = form.meta["val"]
+    return math.prod(value.shape) * value.element_size()
+
+
+@dataclass
+class _Hoister:
+    """The rewrite of one graph.
+
+    Attributes:
+        owners: see `_owners`.
+        forms: parameter -> its forms that are read; the order numbers both.
+        made: (node, half) -> what its readers of that half read instead.
+    """
+
+    graph: Graph
+    owners: Mapping[Node, Node]
+    forms: dict[Node, list[Node]] = field(default_factory=dict)
+    made: dict[tuple[Node, bool], Node] = field(default_factory=dict)
+
+    def read(self, operand: Node, reader: Node) -> Node | None:
+        """What a reader reads in the place of an operand, or None: a parameter that nothing quantises."""
+        key = operand, is_backward(reader)
+        if key not in self.made:
+            made = self._cached(operand, reader) if _is_form(operand) else self._moved(operand, reader)
+            if made is None:
+                return None
+            self.made[key] = made
+        return self.made[key]
+
+    def _cached(self, form: Node, reader: Node) -> Node:
+        parameter, value = self.owners[form], form.meta["val"]
+        forms = self.forms.setdefault(parameter, [])
+        if form not in forms:
+            forms.append(form)
+        where = list(self.forms).index(parameter), forms.index(form), is_backward(reader)
+        like = list(value.shape), list(value.stride()), value.dtype
+        return self._call(CACHED, (parameter, *where, *like), reader)
+
+    def _moved(self, node: Node, reader: Node) -> Node | None:
+        if node.op != "call_function" or node.target not in _MOVES:
+            return None
+        below = self.read(node.all_input_nodes[0], reader)
+        return self._call(node.target, (below, *node.args[1:]), reader, **node.kwargs) if below else None
+
+    def _call(self, target: object, args: tuple[object, ...], reader: Node, **kwargs: object) -> Node:
+        with self.graph.inserting_before(reader):
+            node = call(self.graph, target, args, reader, **kwargs)
+        if is_backward(reader):
+            node.meta["partitioner_tag"] = "must_be_in_backward"
+        if "recompute" in node.meta:  # under activation checkpointing: there is nothing to save
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        return node
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """Let GEMMs read forms of weights that are made outside of the graph."""
+
+    name: ClassVar[str] = "hoist"
+    needs: ClassVar[tuple[str, ...]] = ("legal",)
+    gives: ClassVar[tuple[str, ...]] = ("hoisted",)
+
+    def run(self, graph_module: GraphModule, context: Context) -> int:
+        if not context.cache_weights:
+            return 0
+        graph = graph_module.graph
+        hoister = _Hoister(graph, _owners(graph, context.parameters))
+        done = 0
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node not in hoister.owners:
+                for operand in node.all_input_nodes:
+                    found = hoister.read(operand, node) if operand in hoister.owners else None
+                    if found is not None:
+                        node.replace_input_with(operand, found)
+                        done += 1
+        context.programs += [_program(p, context.parameters[p], forms) for p, forms in hoister.forms.items()]
+        context.notes += _notes(context)
+        return done
+
+
+def _notes(context: Context) -> list[str]:
+    """How many weights are cached, what that takes, and how many cannot be."""
+    notes = []
+    if context.programs:
+        size = sum(program.bytes for program in context.programs) / 2**20
+        notes.append(f"{len(context.programs)} weights are quantised when they change; their forms take {size:.1f} MiB")
+    left = {
+        site.parameter
+        for site in context.sites
+        if site.status == "fp4" and site.specs.get("weight") and origin(site.operand("weight")).target is not CACHED
+    }
+    if left:
+        notes.append(f"{len(left)} weights are quantised in every call: drawn in each step, or computed in the graph")
+    return notes
