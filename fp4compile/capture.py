@@ -112,11 +112,13 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
     return Frame(parameters, embeddings, depths, root, session, untracked)
 
 
-def _untracked(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> str:
+def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> str:
+    """Why writes of parameters may go unnoticed, or ""."""
     if any(getattr(module, "_is_fsdp_managed_module", False) for module in modules):
         return "FSDP gathers them for each call, into memory whose writes are not counted"
     for parameter in parameters:
-        if is_traceable_wrapper_subclass(parameter):
+        wraps: bool = is_traceable_wrapper_subclass(parameter)
+        if wraps:
             return f"they are {type(parameter).__name__}s"
         if parameter.is_inference():
             return "they were made in inference mode, where torch counts no writes"

@@ -8,7 +8,7 @@ In a graph such a form is a call of `cached_weight`, which a backend replaces by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -144,6 +144,7 @@ def count_optimizer_steps() -> None:
     register_optimizer_step_post_hook(_count_writes)
 
 
+@torch.compiler.disable  # where a step is compiled, what it calls outside of its graphs must still be counted
 def _count_writes(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     written = [p for group in optimizer.param_groups for p in group["params"] if not p.is_inference()]
     torch.autograd.graph.increment_version(written)

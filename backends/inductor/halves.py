@@ -34,7 +34,8 @@ class Slot:
 def take_cached(graph: Graph) -> list[tuple[Slot, Any]]:
     """Turn cached weights into inputs behind the others: where each comes from, and its example value."""
     inputs = list(graph.find_nodes(op="placeholder"))
-    last, found = inputs[-1] if inputs else None, {}
+    last = inputs[-1] if inputs else None
+    found: dict[Slot, Node] = {}
     for node in graph.find_nodes(op="call_function", target=CACHED, sort=True):
         parameter, weight, form, *_ = node.args
         slot = Slot(inputs.index(cast(Node, parameter)), cast(int, weight), cast(int, form))
@@ -83,17 +84,16 @@ class HalfCompiler:
         self._cache.fixed |= bool(kwargs.get("cudagraphs"))
         given = len(example_inputs)
         kwargs["static_input_idxs"] = [*kwargs.get("static_input_idxs", ()), *range(given, given + len(taken))]
-        compiled: CompiledFxGraph = compile_fx_inner(
-            half, [*example_inputs, *(value for _, value in taken)], *args, **kwargs
-        )
-        run = cast(Callable[[list[Any]], Any], compiled.current_callable)
-        compiled.current_callable = _fetching(run, self._cache, [slot for slot, _ in taken])
+        compiled = compile_fx_inner(half, [*example_inputs, *(value for _, value in taken)], *args, **kwargs)
+        assert isinstance(compiled, CompiledFxGraph) and compiled.current_callable is not None
+        slots = [slot for slot, _ in taken]
+        compiled.current_callable = _fetching(compiled.current_callable, self._cache, slots)
         return compiled
 
 
 def _fetching(run: Callable[[list[Any]], Any], cache: WeightCache, slots: Sequence[Slot]) -> Callable[..., Any]:
     """`run` with cached weights behind its inputs."""
-    reads = list({(slot.weight, slot.parameter) for slot in slots})
+    reads = list(dict.fromkeys((slot.weight, slot.parameter) for slot in slots))
     places = [(reads.index((slot.weight, slot.parameter)), slot.form) for slot in slots]
 
     def fetch(inputs: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Under autocast a weight is cast, scaled and quantised along both axes outside of the graph; see the forms at the end."""
+"""Under autocast a weight is cast, scaled and quantised along both axes outside of the graph: see the end."""
 
 import torch
 from torch import Tensor, nn
