@@ -88,6 +88,7 @@ class Ledger:
         """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
         report = merged(self._reports)
         if report and self._backend:
+            report.notes += report.cache_notes()
             report.notes += graph_break_notes(graph_breaks() - self._breaks)
             report.notes += self._backend.runtime_notes()
         return report

@@ -110,6 +110,7 @@ class Context:
             graphs=1,
             pass_seconds=dict(self.seconds),
             weights=weights,
+            cached={program.parameter: program.bytes for program in self.programs},
         )
 
 

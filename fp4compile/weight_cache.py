@@ -130,7 +130,7 @@ class WeightCache:
 
 def _stream(tensor: Tensor) -> int:
     """What runs on one stream is not ordered behind what runs on another."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return int(torch._C._cuda_getCurrentRawStream(tensor.get_device())) if tensor.is_cuda else 0
 
 
 def _is_captured(tensor: Tensor) -> bool:

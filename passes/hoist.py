@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fp4compile.graph import MOVES, is_backward, origin
+from fp4compile.graph import MOVES, Site, is_backward, origin
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import call
@@ -168,21 +168,15 @@ class Hoist:
                         node.replace_input_with(operand, found)
                         done += 1
         context.programs += [_program(p, context.parameters[p], forms) for p, forms in hoister.forms.items()]
-        context.notes += _notes(context)
+        left = sum(1 for site in context.sites if _is_quantised_in_each_call(site))
+        if left:
+            context.notes.append(
+                f"{left} GEMMs quantise their weight in each call: it is drawn anew, or computed in the graph"
+            )
         return done
 
 
-def _notes(context: Context) -> list[str]:
-    """How many weights are cached, what that takes, and how many cannot be."""
-    notes = []
-    if context.programs:
-        size = sum(program.bytes for program in context.programs) / 2**20
-        notes.append(f"{len(context.programs)} weights are quantised when they change; their forms take {size:.1f} MiB")
-    left = {
-        site.parameter
-        for site in context.sites
-        if site.status == "fp4" and site.specs.get("weight") and origin(site.operand("weight")).target is not CACHED
-    }
-    if left:
-        notes.append(f"{len(left)} weights are quantised in every call: drawn in each step, or computed in the graph")
-    return notes
+def _is_quantised_in_each_call(site: Site) -> bool:
+    """Whether the weight of a GEMM is FP4 and not cached."""
+    quantised = site.status == "fp4" and site.specs.get("weight") is not None
+    return quantised and origin(site.operand("weight")).target is not CACHED

@@ -168,7 +168,7 @@ def test_forward_and_backward_share_what_both_read(made: Counted) -> None:
     assert sorted(set(made.names)) == ["first.weight", "second.weight", "third.weight"] and len(made.names) == 6
     # Twice fp32, and four bytes of scale: 64 x 32, 32 x 32 and 32 x 64 elements.
     size = 2 * 4 * (64 * 32 + 32 * 32 + 32 * 64) + 3 * 4
-    assert f"3 weights are quantised when they change; their forms take {size / 2**20:.1f} MiB" in report.notes
+    assert f"3 weights are quantised when they change; their forms take {size / 2**10:.1f} KiB" in report.notes
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

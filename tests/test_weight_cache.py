@@ -1,0 +1,150 @@
+"""When a cache makes forms, where it puts them, and how long it holds them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+
+from fp4compile.errors import RewriteError
+from fp4compile.weight_cache import Program, WeightCache
+from tests.helpers import randn
+
+
+class Forms(nn.Module):
+    """Two forms of a weight."""
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight * 2, weight.t().contiguous()
+
+
+class Runs:
+    """A program that counts its runs."""
+
+    def __init__(self) -> None:
+        self.count, self.module = 0, symbolic_trace(Forms())
+
+    def __call__(self, weight: Tensor) -> Any:
+        self.count += 1
+        return self.module(weight)
+
+
+@pytest.fixture
+def runs() -> Runs:
+    return Runs()
+
+
+@pytest.fixture
+def cache(runs: Runs) -> WeightCache:
+    return WeightCache([Program("weight", runs, 0)])  # type: ignore[arg-type]
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(randn(4, 8))
+
+
+def made_of(weight: Tensor, forms: tuple[Tensor, ...]) -> bool:
+    return torch.equal(forms[0], weight * 2) and torch.equal(forms[1], weight.t())
+
+
+def test_made_once_and_anew_when_the_weight_changes(cache: WeightCache, runs: Runs) -> None:
+    weight = parameter()
+    first, again = cache.forms(0, weight), cache.forms(0, weight)
+    assert runs.count == 1 and all(a is b for a, b in zip(first, again, strict=True))
+    assert not any(form.requires_grad for form in first) and made_of(weight, first)
+    assert cache.forms(0, weight.detach())[0] is first[0]  # a view counts with its base
+    with torch.no_grad():
+        weight.add_(1)
+    assert made_of(weight, cache.forms(0, weight)) and runs.count == 2
+    weight.data = randn(4, 8, seed=1)
+    assert made_of(weight, cache.forms(0, weight)) and runs.count == 3
+    weight.data.add_(1)  # nothing counts this one
+    assert not made_of(weight, cache.forms(0, weight))
+    torch.autograd.graph.increment_version(weight)
+    assert made_of(weight, cache.forms(0, weight)) and runs.count == 4
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_where_new_forms_lie(cache: WeightCache, fixed: bool) -> None:
+    cache.fixed, weight = fixed, parameter()
+    first = cache.forms(0, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    second = cache.forms(0, weight)
+    assert made_of(weight, second)
+    assert all((a is b) is fixed for a, b in zip(first, second, strict=True))
+
+
+def test_old_forms_are_freed_before_new_ones_are_made(runs: Runs) -> None:
+    old: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def program(weight: Tensor) -> Any:
+        alive.extend(form() is not None for form in old)
+        return runs.module(weight)
+
+    cache, weight = WeightCache([Program("weight", program, 0)]), parameter()  # type: ignore[arg-type]
+    old += map(weakref.ref, cache.forms(0, weight))
+    torch.autograd.graph.increment_version(weight)
+    cache.forms(0, weight)
+    assert alive == [False, False]
+
+
+def test_weights_of_several_modules_and_in_one_buffer(cache: WeightCache, runs: Runs) -> None:
+    flat = randn(2, 4, 8)
+    weights = [parameter(), parameter(), flat[0], flat[1]]
+    for _ in range(2):
+        assert all(made_of(weight, cache.forms(0, weight)) for weight in weights)
+    assert runs.count == 4
+
+
+def test_forms_go_with_the_memory_of_their_weight(cache: WeightCache) -> None:
+    weight = parameter()
+    cache.forms(0, weight)
+    gc.collect()
+    assert len(cache._entries) == 1
+    del weight
+    gc.collect()
+    assert len(cache._entries) == 0
+
+
+def test_what_failed_is_tried_again(cache: WeightCache, runs: Runs) -> None:
+    weight, module = parameter(), runs.module
+    cache.fixed = True
+    cache.forms(0, weight)
+    torch.autograd.graph.increment_version(weight)
+
+    def fails(weight: Tensor) -> Any:
+        raise MemoryError
+
+    runs.module = fails  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        cache.forms(0, weight)
+    runs.module = module
+    assert made_of(weight, cache.forms(0, weight)) and runs.count == 3
+
+
+def test_forms_made_in_inference_mode_serve_training(cache: WeightCache) -> None:
+    weight = parameter()
+    with torch.inference_mode():
+        forms = cache.forms(0, weight)
+    assert not any(form.is_inference() for form in forms)
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_a_step_of_an_optimizer_counts_as_a_write(cache: WeightCache, how: dict[str, bool]) -> None:
+    weight = parameter()
+    cache.forms(0, weight)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, **how).step()
+    assert made_of(weight, cache.forms(0, weight))
+
+
+def test_a_cached_weight_that_no_backend_took_is_an_error() -> None:
+    with pytest.raises(RewriteError, match="the backend has put none there"):
+        torch.ops.fp4compile.cached_weight(randn(4, 8), 0, 0, False, [4, 8], [8, 1], torch.float32)
