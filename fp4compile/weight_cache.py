@@ -30,7 +30,10 @@ LIBRARY.define(
 
 
 def _uncached(*args: Any, **kwargs: Any) -> Tensor:
-    raise RewriteError("fp4compile.cached_weight stands for an input of a graph, and the backend has put none there")
+    raise RewriteError(
+        "fp4compile.cached_weight stands for an input of a graph, and whoever runs this graph has put none there, as "
+        "compiled autograd does. Leave out cache_weights=True"
+    )
 
 
 def _like_a_form(

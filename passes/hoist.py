@@ -6,7 +6,7 @@
     %wq = cached_weight(%w, 0, 0, ...)                       # weight 0, its form 0
     mm(%x, permute(%wq, [1, 0]))
 
-    program of weight 0:  %w -> (fake_quantize(%w, 'hif4', 1), ...)
+    program of weight 0:  %w -> (fake_quantize(%w, 'hif4', 1), ...)      # in one op with the backward's form
 
 Only where the user asks for it, as the forms of all weights then stay in memory between calls. A form depends on one
 parameter and on nothing else: what is drawn in each step stays in the graph. Forward and backward have nodes of their
@@ -27,6 +27,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fp4compile.graph import MOVES, Site, is_backward, origin
 from fp4compile.ops import OPS
+from fp4compile.passes.pair import Pair
+from fp4compile.passes.rescale import join
 from fp4compile.pipeline import Context
 from fp4compile.rewrite import call
 from fp4compile.weight_cache import CACHED, Program
@@ -77,8 +79,8 @@ def _closure(form: Node) -> set[Node]:
     return found
 
 
-def _program(parameter: Node, name: str, forms: list[Node]) -> Program:
-    """The graph that makes forms of a parameter."""
+def _program(parameter: Node, forms: list[Node], context: Context) -> Program:
+    """What makes forms of a parameter: those of both halves at once, so that one read may do for two."""
     graph, copies = Graph(), {}
     wanted = set().union(*map(_closure, forms))
     for node in parameter.graph.nodes:
@@ -87,8 +89,13 @@ def _program(parameter: Node, name: str, forms: list[Node]) -> Program:
             copies[node].meta = {"val": node.meta["val"]}
         elif node in wanted:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta.pop("partitioner_tag", None)
     graph.output(tuple(copies[form] for form in forms))
-    return Program(name, GraphModule(torch.nn.Module(), graph), sum(map(_bytes, forms)))
+    module = GraphModule(torch.nn.Module(), graph)
+    if join(graph, context) + Pair().run(module, context):
+        graph.eliminate_dead_code()
+        module.recompile()
+    return Program(context.parameters[parameter], module, sum(map(_bytes, forms)))
 
 
 def _bytes(form: Node) -> int:
@@ -167,7 +174,7 @@ class Hoist:
                     if found is not None:
                         node.replace_input_with(operand, found)
                         done += 1
-        context.programs += [_program(p, context.parameters[p], forms) for p, forms in hoister.forms.items()]
+        context.programs += [_program(p, forms, context) for p, forms in hoister.forms.items()]
         left = sum(1 for site in context.sites if _is_quantised_in_each_call(site))
         if left:
             context.notes.append(

@@ -146,5 +146,5 @@ def test_a_step_of_an_optimizer_counts_as_a_write(cache: WeightCache, how: dict[
 
 
 def test_a_cached_weight_that_no_backend_took_is_an_error() -> None:
-    with pytest.raises(RewriteError, match="the backend has put none there"):
+    with pytest.raises(RewriteError, match="whoever runs this graph has put none there"):
         torch.ops.fp4compile.cached_weight(randn(4, 8), 0, 0, False, [4, 8], [8, 1], torch.float32)

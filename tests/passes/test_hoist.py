@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fp4compile.backend import get_backend
 from fp4compile.backends.inductor.halves import take_cached
 from fp4compile.graph import is_backward
+from fp4compile.ops import OPS
 from fp4compile.recipe import Operand, Recipe
 from fp4compile.weight_cache import CACHED
+from tests.claims import Claims, everything, registered
 from tests.helpers import Captured, capture, forward_recipe, randn, same_bits, trace
 
 DRAWN = forward_recipe(weight=Operand("hif4", rounding="stochastic", scale_rule="truncation-free"))
@@ -153,3 +156,24 @@ def test_what_a_half_returns_is_a_copy() -> None:
     assert (slot.parameter, slot.weight, slot.form) == (0, 0, 0)
     assert first.target is torch.ops.aten.clone.default
     assert [node.target for node in others] == [torch.ops.aten.sum.default, torch.ops.aten.mul.Tensor]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "claims", "op"),
+    [
+        ("hif4-plain", ("fake_quantize", "fake_quantize_both"), "fake_quantize_both"),
+        ("mxfp4-plain", ("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise"), "quantize_rowwise_both"),
+    ],
+)
+def test_forms_of_both_halves_come_from_one_read(recipe: str, claims: tuple[str, ...], op: str) -> None:
+    with registered(Claims(**dict.fromkeys(claims, everything))) as backend:
+        found = capture(Mlp(), [randn(128, 64).requires_grad_()], recipe)
+        found.context.backend, found.context.cache_weights = get_backend(backend), True
+        before = found.until("legalise").execute()
+        found.run("hoist")
+        for program in found.context.programs:
+            calls = [
+                node.target for node in program.module.graph.find_nodes(op="call_function", target=OPS[op].overload)
+            ]
+            assert len(calls) == 1
+        assert same_bits(with_forms(found), before)
