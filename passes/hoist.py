@@ -23,7 +23,6 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils.checkpoint import CheckpointPolicy
 
 from fp4compile.graph import MOVES, Site, is_backward, origin
 from fp4compile.ops import OPS
@@ -148,8 +147,6 @@ class _Hoister:
             node = call(self.graph, target, args, reader, **kwargs)
         if is_backward(reader):
             node.meta["partitioner_tag"] = "must_be_in_backward"
-        if "recompute" in node.meta:  # under activation checkpointing: there is nothing to save
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         return node
 
 

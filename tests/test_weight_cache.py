@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+from fp4compile import weight_cache
 from fp4compile.errors import RewriteError
 from fp4compile.weight_cache import Program, WeightCache
 from tests.helpers import randn
@@ -113,11 +114,17 @@ def test_forms_go_with_the_memory_of_their_weight(cache: WeightCache) -> None:
     assert len(cache._entries) == 0
 
 
-def test_what_failed_is_tried_again(cache: WeightCache, runs: Runs) -> None:
-    weight, module = parameter(), runs.module
-    cache.fixed = True
+def test_memory_that_moves_counts_as_a_write(cache: WeightCache, runs: Runs) -> None:
+    weight = parameter()
     cache.forms(0, weight)
-    torch.autograd.graph.increment_version(weight)
+    weight.share_memory_()
+    assert made_of(weight, cache.forms(0, weight)) and runs.count == 2
+
+
+def test_what_failed_is_tried_again(cache: WeightCache, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, module = parameter(), runs.module
+    cache.forms(0, weight)
+    monkeypatch.setattr(weight_cache, "_stream", lambda tensor: 1)
 
     def fails(weight: Tensor) -> Any:
         raise MemoryError
@@ -126,6 +133,7 @@ def test_what_failed_is_tried_again(cache: WeightCache, runs: Runs) -> None:
     with pytest.raises(MemoryError):
         cache.forms(0, weight)
     runs.module = module
+    monkeypatch.undo()  # all is as it was when there were forms
     assert made_of(weight, cache.forms(0, weight)) and runs.count == 3
 
 

@@ -79,12 +79,13 @@ def test_no_quantisation_of_a_weight_is_left(recipe: str) -> None:
     assert not any("in each call" in note for note in found.context.notes)
 
 
-def test_each_half_has_nodes_of_its_own() -> None:
-    found = captured("nvfp4-plain")
+@pytest.mark.parametrize(("recipe", "count"), [("hif4-plain", 2), ("nvfp4-plain", 4)])  # two weights; tensor scales
+def test_each_half_has_nodes_of_its_own(recipe: str, count: int) -> None:
+    found = captured(recipe)
     found.run("hoist")
     for backward in (False, True):
         nodes = cached(found, backward)
-        assert len(nodes) == 4  # two weights and their tensor scales
+        assert len(nodes) == count
         assert all(is_backward(user) is backward for node in nodes for user in node.users)
     assert {node.meta["partitioner_tag"] for node in cached(found, True)} == {"must_be_in_backward"}
 
