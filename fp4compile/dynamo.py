@@ -23,6 +23,7 @@ from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.pipeline import Context, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report, merged
+from fp4compile.weight_cache import cache_of
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -167,10 +168,10 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         backend,
         device,
         options.strict,
-        options.cache_weights,
         embeddings=set(where.embeddings),
         depths=where.depths,
         inner=recipe.keeps_by_depth and where.is_inner(),
+        weight_cache=cache_of(where.session) if options.cache_weights else None,
     )
 
 

@@ -22,7 +22,7 @@ from fp4compile.ops import BY_OVERLOAD
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report, SiteRecord
 from fp4compile.rewrite import arguments, value
-from fp4compile.weight_cache import Program
+from fp4compile.weight_cache import Program, WeightCache
 
 GROUP = "fp4compile.pipelines"
 
@@ -32,7 +32,7 @@ class Context:
     """Everything a pass may read or write besides the graph. One per graph.
 
     Attributes:
-        recipe, backend, device, strict, cache_weights: what the user asked for.
+        recipe, backend, device, strict: what the user asked for.
         parameters: inputs of the graph that are parameters, with their names.
         embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
         routers: names of parameters that choose experts: GEMMs with them give router logits.
@@ -41,14 +41,14 @@ class Context:
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
         notes: for the report.
-        programs: what makes the cached forms of weights.
+        weight_cache: where quantised weights are kept between calls; None where nobody asked for it.
+        programs: what makes them.
     """
 
     recipe: Recipe
     backend: Backend
     device: str = "cpu"
     strict: bool = True
-    cache_weights: bool = False
     parameters: dict[Node, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     routers: set[str] = field(default_factory=set)
@@ -58,6 +58,7 @@ class Context:
     facts: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    weight_cache: WeightCache | None = None
     programs: list[Program] = field(default_factory=list)
 
     def refuse(self, site: Site, reason: str) -> None:
@@ -110,7 +111,7 @@ class Context:
             graphs=1,
             pass_seconds=dict(self.seconds),
             weights=weights,
-            cached={program.parameter: program.bytes for program in self.programs},
+            cached={program.parameter: {program.key: program.bytes} for program in self.programs},
         )
 
 
@@ -237,6 +238,6 @@ def _sources() -> str:
 def fingerprint(context: Context, pipeline: Pipeline) -> bytes:
     """What compile caches must key on: recipe, options, passes with their options, our sources and torch's version."""
     steps = [(type(p).__qualname__, [(f.name, getattr(p, f.name)) for f in fields(p)]) for p in pipeline.passes]  # type: ignore[arg-type]
-    asked = context.recipe, context.backend.name, context.strict, context.cache_weights
+    asked = context.recipe, context.backend.name, context.strict, context.weight_cache is not None
     key: tuple[Any, ...] = (*asked, steps, _sources(), torch.__version__)
     return hashlib.sha256(repr(key).encode()).digest()

@@ -1,28 +1,30 @@
 """Quantised forms of weights that outlive a call: made anew where a weight has changed, handed over where it has not.
 
-    cache = WeightCache([program of q_proj.weight, ...], fixed=False)
-    cache.forms(0, q_proj.weight)  ->  (fake_quantize(weight, ..., 1), fake_quantize(weight, ..., 0))
+    cache.forms(program, q_proj.weight)  ->  (fake_quantize(weight, ..., 1), fake_quantize(weight, ..., 0))
 
 In a graph such a form is a call of `cached_weight`, which a backend replaces by an input of the half it stands in.
 """
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, map_arg
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4compile.errors import RewriteError
 from fp4compile.ops import LIBRARY
 
-# Program `weight`, result `form`. `backward` keeps the nodes of both halves of a joint graph apart.
+# Result `form` of the graph's program `weight`. `backward` keeps the nodes of both halves of a joint graph apart.
 LIBRARY.define(
     "cached_weight(Tensor parameter, int weight, int form, bool backward, int[] size, int[] stride, "
     "ScalarType dtype) -> Tensor"
@@ -61,11 +63,20 @@ class Program:
         parameter: the weight's name.
         module: takes the weight, gives a tuple of its forms; deterministic.
         bytes: what the forms take.
+        key: the same for programs that do the same.
     """
 
     parameter: str
     module: GraphModule
     bytes: int
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        order = {node: f"%{index}" for index, node in enumerate(self.module.graph.nodes)}
+        calls = [
+            (str(n.target), map_arg((n.args, n.kwargs), order.__getitem__)) for n in order if n.op != "placeholder"
+        ]
+        object.__setattr__(self, "key", hashlib.sha256(repr(calls).encode()).hexdigest()[:16])
 
 
 @dataclass
@@ -81,7 +92,7 @@ class _Entry:
 
 
 class WeightCache:
-    """The forms of the weights of one graph.
+    """The forms of the weights of one `torch.compile` call, whose graphs share them: a recompilation adds none.
 
     They live as long as the memory that a weight lies in: graphs may be called with the weights of another module, as
     the blocks of a model are where they share a graph.
@@ -91,21 +102,19 @@ class WeightCache:
     by kernels outside torch and outside optimisers; `torch.autograd.graph.increment_version(weight)` tells of these.
     """
 
-    def __init__(self, programs: Sequence[Program]) -> None:
-        """Nothing is computed yet."""
-        self.programs = tuple(programs)
+    def __init__(self) -> None:
         # Whether new forms are written where the old ones lie, as CUDA graphs want.
         self.fixed = False
-        self._entries: Any = WeakIdKeyDictionary()  # storage -> (program, offset) -> _Entry
+        self._entries: Any = WeakIdKeyDictionary()  # storage -> (key of a program, offset) -> _Entry
         count_optimizer_steps()
 
-    def forms(self, weight: int, tensor: Tensor) -> tuple[Tensor, ...]:
+    def forms(self, program: Program, tensor: Tensor) -> tuple[Tensor, ...]:
         """The forms that a program makes of a tensor, of its present values."""
         storage = tensor.untyped_storage()
         entries = self._entries.get(storage)
         if entries is None:
             entries = self._entries[storage] = {}
-        key = weight, tensor.storage_offset()
+        key = program.key, tensor.storage_offset()
         entry = entries.get(key)
         stream = _stream(tensor)
         state = tensor._version, storage.data_ptr(), stream
@@ -113,7 +122,7 @@ class WeightCache:
             entry = entries[key] = _Entry(None, ())
         if entry.state != state or _is_captured(tensor):
             entry.state = None  # in case the program fails
-            self._make(entry, self.programs[weight], tensor)
+            self._make(entry, program, tensor)
             entry.state = state
         return entry.forms
 
@@ -129,6 +138,19 @@ class WeightCache:
                     old.copy_(new)
             else:
                 entry.forms = tuple(made)
+
+
+# `torch.compile` call -> its cache, which its graphs hold.
+_CACHES: WeakKeyDictionary[Any, weakref.ref[WeightCache]] = WeakKeyDictionary()
+
+
+def cache_of(session: object) -> WeightCache:
+    """The cache of a `torch.compile` call; None stands for calls that share nothing."""
+    known = _CACHES.get(session) if session is not None else None
+    found = (known() if known else None) or WeightCache()
+    if session is not None:
+        _CACHES[session] = weakref.ref(found)
+    return found
 
 
 def _stream(tensor: Tensor) -> int:

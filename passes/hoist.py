@@ -159,7 +159,7 @@ class Hoist:
     gives: ClassVar[tuple[str, ...]] = ("hoisted",)
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
-        if not context.cache_weights:
+        if context.weight_cache is None:
             return 0
         graph = graph_module.graph
         hoister = _Hoister(graph, _owners(graph, context.parameters))

@@ -22,6 +22,7 @@ from fp4compile.backend import get_backend
 from fp4compile.graph import Site, text
 from fp4compile.passes import PIPELINE
 from fp4compile.pipeline import Context, Pass, Pipeline
+from fp4compile.weight_cache import WeightCache
 from tests.claims import Claims, registered
 from tests.helpers import NAMES, export
 
@@ -69,7 +70,7 @@ def _texts(name: str) -> dict[str, str]:
     found = {}
 
     def observe(step: Pass | None, graph: Graph, context: Context) -> None:
-        context.cache_weights = getattr(example, "CACHE", False)
+        context.weight_cache = WeightCache() if getattr(example, "CACHE", False) else None
         found[step.name if step else ""] = _print(graph, context)
 
     wanted = NAMES[: NAMES.index(name) + 1]

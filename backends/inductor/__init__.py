@@ -73,7 +73,9 @@ class InductorBackend(Backend):
             compiled: Any = compile_fx(
                 graph_module,
                 example_inputs,
-                inner_compile=HalfCompiler(context.programs) if context.cache_weights else compile_fx_inner,
+                inner_compile=HalfCompiler(context.weight_cache, context.programs)
+                if context.weight_cache
+                else compile_fx_inner,
                 config_patches=patches,
                 decompositions=decompositions(),
             )

@@ -69,10 +69,9 @@ def _storage(node: Node) -> int | None:
 class HalfCompiler:
     """Inductor's compiler of one half, called for the forward (or inference) and the backward of one graph."""
 
-    def __init__(self, programs: list[Program]) -> None:
+    def __init__(self, cache: WeightCache, programs: Sequence[Program]) -> None:
         """`programs` is filled by the time that the first half is compiled."""
-        self._programs = programs
-        self._cache: WeightCache | None = None
+        self._cache, self._programs = cache, programs
 
     def __call__(self, half: GraphModule, example_inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """As `compile_fx_inner`."""
@@ -80,26 +79,25 @@ class HalfCompiler:
         if not taken:
             return compile_fx_inner(half, example_inputs, *args, **kwargs)
         half.recompile()
-        self._cache = self._cache or WeightCache(self._programs)
         self._cache.fixed |= bool(kwargs.get("cudagraphs"))
         given = len(example_inputs)
         kwargs["static_input_idxs"] = [*kwargs.get("static_input_idxs", ()), *range(given, given + len(taken))]
         compiled = compile_fx_inner(half, [*example_inputs, *(value for _, value in taken)], *args, **kwargs)
         assert isinstance(compiled, CompiledFxGraph) and compiled.current_callable is not None
-        slots = [slot for slot, _ in taken]
-        compiled.current_callable = _fetching(compiled.current_callable, self._cache, slots)
+        compiled.current_callable = self._fetching(compiled.current_callable, [slot for slot, _ in taken])
         return compiled
 
+    def _fetching(self, run: Callable[[list[Any]], Any], slots: Sequence[Slot]) -> Callable[..., Any]:
+        """`run` with cached weights behind its inputs."""
+        cache = self._cache
+        read = list(dict.fromkeys((slot.weight, slot.parameter) for slot in slots))
+        places = [(read.index((slot.weight, slot.parameter)), slot.form) for slot in slots]
+        reads = [(self._programs[weight], parameter) for weight, parameter in read]
 
-def _fetching(run: Callable[[list[Any]], Any], cache: WeightCache, slots: Sequence[Slot]) -> Callable[..., Any]:
-    """`run` with cached weights behind its inputs."""
-    reads = list(dict.fromkeys((slot.weight, slot.parameter) for slot in slots))
-    places = [(reads.index((slot.weight, slot.parameter)), slot.form) for slot in slots]
+        def fetch(inputs: list[Any]) -> Any:
+            forms = [cache.forms(program, inputs[parameter]) for program, parameter in reads]
+            inputs += [forms[i][form] for i, form in places]  # in place: the caller's list is what frees its tensors
+            del forms
+            return run(inputs)
 
-    def fetch(inputs: list[Any]) -> Any:
-        forms = [cache.forms(weight, inputs[parameter]) for weight, parameter in reads]
-        inputs += [forms[read][form] for read, form in places]  # in place: the caller's list is what frees its tensors
-        del forms
-        return run(inputs)
-
-    return fetch
+        return fetch
