@@ -120,10 +120,11 @@ class WeightCache:
         state = tensor._version, storage.data_ptr(), stream
         if entry is None:
             entry = entries[key] = _Entry(None, ())
-        if entry.state != state or _is_captured(tensor):
+        captured = _is_captured(tensor)
+        if entry.state != state or captured:
             entry.state = None  # in case the program fails
             self._make(entry, program, tensor)
-            entry.state = state
+            entry.state = None if captured else state  # what is captured has not run yet
         return entry.forms
 
     def _make(self, entry: _Entry, program: Program, tensor: Tensor) -> None:

@@ -153,6 +153,21 @@ def test_memory_that_moves_counts_as_a_write(cache: WeightCache, program: Progra
     assert made_of(weight, cache.forms(program, weight)) and runs.count == 2
 
 
+def test_a_cuda_graph_around_the_call_makes_its_own(
+    cache: WeightCache, program: Program, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = parameter()
+    cache.forms(program, weight)
+    monkeypatch.setattr(weight_cache, "_is_captured", lambda tensor: True)
+    for _ in range(2):
+        cache.forms(program, weight)
+    assert runs.count == 3
+    monkeypatch.undo()
+    for _ in range(2):  # the graph was recorded, not run
+        cache.forms(program, weight)
+    assert runs.count == 4
+
+
 def test_what_failed_is_tried_again(
     cache: WeightCache, program: Program, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from fp4compile.dynamo import fp4compile_backend
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.weight_cache import WeightCache
 from tests.compile.common import LlamaBlock, Mlp, Stack, build, randn
+from tests.compile.experts import Grouped
 from tests.helpers import same_bits
 
 AdamW = partial(torch.optim.AdamW, lr=0.1)
@@ -193,6 +194,25 @@ class Tied(nn.Module):
 def test_tied_weights(made: Counted) -> None:
     assert both(lambda: build(Tied), batches(16, 64))
     assert len(made.names) == 2 * 2
+
+
+class Mixture(nn.Module):
+    """Stacks of weights, one for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Grouped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.experts(x, torch.tensor([5, 5, 30, len(x)], dtype=torch.int32))
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mxfp4-plain", "nvfp4"])
+def test_experts(made: Counted, recipe: str) -> None:
+    assert both(lambda: Mixture().bfloat16(), batches(48, 64, dtype=torch.bfloat16), recipe)
+    assert sorted(made.names) == sorted(f"experts.w{i}" for i in (1, 2, 3) for _ in range(2))
 
 
 class Checkpointed(nn.Module):
