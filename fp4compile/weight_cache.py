@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -87,8 +86,8 @@ class _Entry:
         state: what changes when the tensor is written, and the stream on which the forms were made.
     """
 
-    state: tuple[Any, ...] | None
-    forms: tuple[Tensor, ...]
+    state: tuple[Any, ...] | None = None
+    forms: tuple[Tensor, ...] = ()
 
 
 class WeightCache:
@@ -114,13 +113,8 @@ class WeightCache:
         entries = self._entries.get(storage)
         if entries is None:
             entries = self._entries[storage] = {}
-        key = program.key, tensor.storage_offset()
-        entry = entries.get(key)
-        stream = _stream(tensor)
-        state = tensor._version, storage.data_ptr(), stream
-        if entry is None:
-            entry = entries[key] = _Entry(None, ())
-        captured = _is_captured(tensor)
+        entry = entries.setdefault((program.key, tensor.storage_offset()), _Entry())
+        state, captured = (tensor._version, storage.data_ptr(), _stream(tensor)), _is_captured(tensor)
         if entry.state != state or captured:
             entry.state = None  # in case the program fails
             self._make(entry, program, tensor)
@@ -142,7 +136,7 @@ class WeightCache:
 
 
 # `torch.compile` call -> its cache, which its graphs hold.
-_CACHES: WeakKeyDictionary[Any, weakref.ref[WeightCache]] = WeakKeyDictionary()
+_CACHES: weakref.WeakKeyDictionary[Any, weakref.ref[WeightCache]] = weakref.WeakKeyDictionary()
 
 
 def cache_of(session: object) -> WeightCache:
@@ -166,7 +160,10 @@ def _is_captured(tensor: Tensor) -> bool:
 
 @cache
 def count_optimizer_steps() -> None:
-    """Have each step of an optimiser count as a write of its parameters, in this process from now on."""
+    """Have each step of an optimiser count as a write of its parameters, in this process from now on.
+
+    Autograd counts with the same counter: it now notices, too, when a fused step writes what a backward still needs.
+    """
     register_optimizer_step_post_hook(_count_writes)
 
 
