@@ -111,7 +111,7 @@ class Context:
             graphs=1,
             pass_seconds=dict(self.seconds),
             weights=weights,
-            cached={program.parameter: {program.key: program.bytes} for program in self.programs},
+            cached={program.parameter: dict(program.sizes) for program in self.programs},
         )
 
 

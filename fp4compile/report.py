@@ -54,7 +54,7 @@ class Report:
         graphs: number of graphs that were compiled.
         pass_seconds: time spent in each pass, summed over graphs.
         weights: parameter of each FP4 forward GEMM -> its bytes as the GEMM would read it, and packed.
-        cached: parameter whose quantised forms are kept between calls -> bytes of them by what makes them.
+        cached: parameter whose quantised forms are kept between calls -> bytes of each of them.
     """
 
     recipe: str

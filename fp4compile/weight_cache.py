@@ -7,16 +7,15 @@ In a graph such a form is a call of `cached_weight`, which a backend replaces by
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, map_arg
+from torch.fx import GraphModule
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -61,21 +60,12 @@ class Program:
     Attributes:
         parameter: the weight's name.
         module: takes the weight, gives a tuple of its forms; deterministic.
-        bytes: what the forms take.
-        key: the same for programs that do the same.
+        sizes: for each form, in order, a key that is the same for forms that are the same -> its bytes.
     """
 
     parameter: str
     module: GraphModule
-    bytes: int
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        order = {node: f"%{index}" for index, node in enumerate(self.module.graph.nodes)}
-        calls = [
-            (str(n.target), map_arg((n.args, n.kwargs), order.__getitem__)) for n in order if n.op != "placeholder"
-        ]
-        object.__setattr__(self, "key", hashlib.sha256(repr(calls).encode()).hexdigest()[:16])
+    sizes: Mapping[str, int]
 
 
 @dataclass
@@ -83,15 +73,25 @@ class _Entry:
     """The forms of a tensor as it was.
 
     Attributes:
+        program: what makes them.
         state: what changes when the tensor is written, and the stream on which the forms were made.
     """
 
+    program: Program
     state: tuple[Any, ...] | None = None
     forms: tuple[Tensor, ...] = ()
+    _places: dict[tuple[str, ...], tuple[int, ...] | None] = field(default_factory=dict)
+
+    def places(self, keys: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Where forms of these keys stand among those of the program; None where it does not make them all."""
+        if keys not in self._places:
+            own = list(self.program.sizes)
+            self._places[keys] = tuple(map(own.index, keys)) if set(keys) <= set(own) else None
+        return self._places[keys]
 
 
 class WeightCache:
-    """The forms of the weights of one `torch.compile` call, whose graphs share them: a recompilation adds none.
+    """The forms of the weights of one `torch.compile` call, whose graphs share them: each form is held once.
 
     They live as long as the memory that a weight lies in: graphs may be called with the weights of another module, as
     the blocks of a model are where they share a graph.
@@ -104,35 +104,47 @@ class WeightCache:
     def __init__(self) -> None:
         # Whether new forms are written where the old ones lie, as CUDA graphs want.
         self.fixed = False
-        self._entries: Any = WeakIdKeyDictionary()  # storage -> (key of a program, offset) -> _Entry
+        self._entries: Any = WeakIdKeyDictionary()  # storage -> offset -> list of _Entry
         count_optimizer_steps()
 
     def forms(self, program: Program, tensor: Tensor) -> tuple[Tensor, ...]:
         """The forms that a program makes of a tensor, of its present values."""
         storage = tensor.untyped_storage()
-        entries = self._entries.get(storage)
-        if entries is None:
-            entries = self._entries[storage] = {}
-        entry = entries.setdefault((program.key, tensor.storage_offset()), _Entry())
+        by_offset = self._entries.get(storage)
+        if by_offset is None:
+            by_offset = self._entries[storage] = {}
+        keys = tuple(program.sizes)
+        entry, places = _serving(by_offset.setdefault(tensor.storage_offset(), []), program, keys)
         state, captured = (tensor._version, storage.data_ptr(), _stream(tensor)), _is_captured(tensor)
         if entry.state != state or captured:
             entry.state = None  # in case the program fails
-            self._make(entry, program, tensor)
+            self._make(entry, tensor)
             entry.state = None if captured else state  # what is captured has not run yet
-        return entry.forms
+        return tuple(entry.forms[place] for place in places)
 
-    def _make(self, entry: _Entry, program: Program, tensor: Tensor) -> None:
-        """Run a program; old forms are overwritten, or freed before new ones are made."""
+    def _make(self, entry: _Entry, tensor: Tensor) -> None:
+        """Run the program; old forms are overwritten, or freed before new ones are made."""
         if not self.fixed:
             entry.forms = ()
         # Forms of weights that training and inference share belong to neither.
         with torch.inference_mode(False), torch.no_grad():
-            made = program.module(tensor)
+            made = entry.program.module(tensor)
             if self.fixed and entry.forms:
                 for old, new in zip(entry.forms, made, strict=True):
                     old.copy_(new)
             else:
                 entry.forms = tuple(made)
+
+
+def _serving(entries: list[_Entry], program: Program, keys: tuple[str, ...]) -> tuple[_Entry, tuple[int, ...]]:
+    """The entry that holds forms of these keys, and where; a new one takes the place of those that hold fewer."""
+    for entry in entries:
+        places = entry.places(keys)
+        if places is not None:
+            return entry, places
+    made = _Entry(program)
+    entries[:] = [*(entry for entry in entries if made.places(tuple(entry.program.sizes)) is None), made]
+    return made, tuple(range(len(keys)))
 
 
 # `torch.compile` call -> its cache, which its graphs hold.

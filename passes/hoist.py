@@ -15,6 +15,7 @@ own, so that neither saves for the other what both are handed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp4compile.graph import MOVES, Site, is_backward, origin
 from fp4compile.ops import OPS
@@ -78,10 +79,10 @@ def _closure(form: Node) -> set[Node]:
     return found
 
 
-def _program(parameter: Node, forms: list[Node], context: Context) -> Program:
+def _program(parameter: Node, forms: Mapping[str, Node], context: Context) -> Program:
     """What makes forms of a parameter: those of both halves at once, so that one read may do for two."""
     graph, copies = Graph(), {}
-    wanted = set().union(*map(_closure, forms))
+    wanted = set().union(*map(_closure, forms.values()))
     for node in parameter.graph.nodes:
         if node is parameter:
             copies[node] = graph.placeholder("weight")
@@ -89,12 +90,12 @@ def _program(parameter: Node, forms: list[Node], context: Context) -> Program:
         elif node in wanted:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta.pop("partitioner_tag", None)
-    graph.output(tuple(copies[form] for form in forms))
+    graph.output(tuple(copies[form] for form in forms.values()))
     module = GraphModule(torch.nn.Module(), graph)
     if join(graph, context) + Pair().run(module, context):
         graph.eliminate_dead_code()
         module.recompile()
-    return Program(context.parameters[parameter], module, sum(map(_bytes, forms)))
+    return Program(context.parameters[parameter], module, {key: _bytes(form) for key, form in forms.items()})
 
 
 def _bytes(form: Node) -> int:
@@ -108,13 +109,15 @@ class _Hoister:
 
     Attributes:
         owners: see `_owners`.
-        forms: parameter -> its forms that are read; the order numbers both.
+        forms: parameter -> its forms that are read, by their keys; the order numbers both.
+        keys: node -> what it is, whatever the names of nodes, as a short text.
         made: (node, half) -> what its readers of that half read instead.
     """
 
     graph: Graph
     owners: Mapping[Node, Node]
-    forms: dict[Node, list[Node]] = field(default_factory=dict)
+    forms: dict[Node, dict[str, Node]] = field(default_factory=dict)
+    keys: dict[Node, str] = field(default_factory=dict)
     made: dict[tuple[Node, bool], Node] = field(default_factory=dict)
 
     def read(self, operand: Node, reader: Node) -> Node | None:
@@ -129,12 +132,18 @@ class _Hoister:
 
     def _cached(self, form: Node, reader: Node) -> Node:
         parameter, value = self.owners[form], form.meta["val"]
-        forms = self.forms.setdefault(parameter, [])
-        if form not in forms:
-            forms.append(form)
-        where = list(self.forms).index(parameter), forms.index(form), is_backward(reader)
+        forms, key = self.forms.setdefault(parameter, {}), self._key(form)
+        forms.setdefault(key, form)
+        where = list(self.forms).index(parameter), list(forms).index(key), is_backward(reader)
         like = list(value.shape), list(value.stride()), value.dtype
         return self._call(CACHED, (parameter, *where, *like), reader)
+
+    def _key(self, node: Node) -> str:
+        if node not in self.keys:
+            described = str(node.target), map_arg(node.args, self._key), map_arg(node.kwargs, self._key)
+            is_parameter = node.op == "placeholder"
+            self.keys[node] = "" if is_parameter else hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+        return self.keys[node]
 
     def _moved(self, node: Node, reader: Node) -> Node | None:
         if node.op != "call_function" or node.target not in _MOVES:

@@ -29,7 +29,6 @@ class Runs:
 
     def __init__(self) -> None:
         self.count, self.module = 0, symbolic_trace(Forms())
-        self.graph = self.module.graph
 
     def __call__(self, weight: Tensor) -> Any:
         self.count += 1
@@ -43,7 +42,7 @@ def runs() -> Runs:
 
 @pytest.fixture
 def program(runs: Runs) -> Program:
-    return Program("weight", runs, 0)  # type: ignore[arg-type]
+    return Program("weight", runs, {"twice": 128, "transposed": 128})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -111,18 +110,31 @@ def test_weights_of_several_modules_and_in_one_buffer(cache: WeightCache, progra
     assert runs.count == 4
 
 
-def test_programs_that_do_the_same_share_forms(cache: WeightCache, program: Program) -> None:
-    class Other(nn.Module):
-        def forward(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-            return tensor * 3, tensor.t().contiguous()
+def only(key: str, of: int) -> Program:
+    """A program that makes one of the two forms."""
 
+    made = symbolic_trace(lambda weight: (Forms().forward(weight)[of],))
+    return Program("weight", made, {key: 128})
+
+
+def test_the_same_form_is_held_once(cache: WeightCache, program: Program, runs: Runs) -> None:
+    weight, twice = parameter(), only("twice", 0)
+    (alone,) = cache.forms(twice, weight)
+    gone = weakref.ref(alone)
+    del alone
+    both = cache.forms(program, weight)  # makes this form and another one
+    assert gone() is None and runs.count == 1
+    assert cache.forms(twice, weight)[0] is both[0]
+    assert cache.forms(only("transposed", 1), weight)[0] is both[1]
+    torch.autograd.graph.increment_version(weight)
+    assert torch.equal(cache.forms(twice, weight)[0], weight * 2) and runs.count == 2
+
+
+def test_different_forms_are_held_apart(cache: WeightCache) -> None:
     weight = parameter()
-    renamed, other = symbolic_trace(Forms()), symbolic_trace(Other())
-    for node in renamed.graph.nodes:
-        node._rename(f"another_{node.name}")
-    first = cache.forms(program, weight)
-    assert cache.forms(Program("weight", renamed, 0), weight)[0] is first[0]
-    assert torch.equal(cache.forms(Program("weight", other, 0), weight)[0], weight * 3)
+    for _ in range(2):
+        assert torch.equal(cache.forms(only("twice", 0), weight)[0], weight * 2)
+        assert torch.equal(cache.forms(only("transposed", 1), weight)[0], weight.t())
 
 
 def test_graphs_of_a_call_share_a_cache_that_goes_with_them() -> None:

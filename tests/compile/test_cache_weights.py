@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fp4compile
 from fp4compile.dynamo import fp4compile_backend
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.weight_cache import WeightCache
+from fp4compile.weight_cache import Program, WeightCache
 from tests.compile.common import LlamaBlock, Mlp, Stack, build, randn
 from tests.compile.experts import Grouped
 from tests.helpers import same_bits
@@ -55,9 +55,9 @@ class Counted:
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     counted, make = Counted(), WeightCache._make
 
-    def counting(cache: WeightCache, entry: Any, program: Any, tensor: Tensor) -> None:
-        counted.names.append(program.parameter)
-        make(cache, entry, program, tensor)
+    def counting(cache: WeightCache, entry: Any, tensor: Tensor) -> None:
+        counted.names.append(entry.program.parameter)
+        make(cache, entry, tensor)
 
     monkeypatch.setattr(WeightCache, "_make", counting)
     yield counted
@@ -266,8 +266,8 @@ def test_cuda_graphs_want_forms_that_stay_where_they_are(monkeypatch: pytest.Mon
     seen: list[tuple[int, ...]] = []
     forms = WeightCache.forms
 
-    def watched(cache: WeightCache, weight: int, tensor: Tensor) -> tuple[Tensor, ...]:
-        found = forms(cache, weight, tensor)
+    def watched(cache: WeightCache, program: Program, tensor: Tensor) -> tuple[Tensor, ...]:
+        found = forms(cache, program, tensor)
         seen.append(tuple(form.data_ptr() for form in found))
         return found
 
@@ -318,7 +318,8 @@ def test_blocks_that_share_a_graph(made: Counted) -> None:
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_take_turns() -> None:
+def test_training_and_evaluation_take_turns(made: Counted) -> None:
+    """What evaluation reads is a part of what training reads."""
     x = randn(16, 64)
 
     def evaluated(cache: bool) -> list[Tensor]:
@@ -335,6 +336,7 @@ def test_training_and_evaluation_take_turns() -> None:
         return train(model, run, batches(16, 64), AdamW, evaluate) + found
 
     assert same_bits(evaluated(False), evaluated(True))
+    assert len(made.names) == 2 * 3
 
 
 @pytest.mark.slow

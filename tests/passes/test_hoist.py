@@ -100,6 +100,24 @@ def test_forms_are_counted() -> None:
     assert report.cache_notes() == ["2 weights are quantised when they change; their forms take 128.0 KiB"]
 
 
+def test_equal_forms_are_one() -> None:
+    """Graphs name their nodes by chance; what is the same has the same key in all of them."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        first, again = (torch.ops.fp4compile.fake_quantize(w, "hif4", 1) for _ in range(2))
+        return x @ first.t() + x @ again.t() + x @ torch.ops.fp4compile.fake_quantize(w, "hif4", 0).t()
+
+    keys = []
+    for _ in range(2):
+        found = trace(function, randn(4, 64), randn(8, 64), parameters="w")
+        found.context.weight_cache = WeightCache()
+        assert found.run("hoist") == 3
+        (program,) = found.context.programs
+        keys.append(list(program.sizes))
+        assert len(program.module(randn(8, 64))) == len(program.sizes) == 2
+    assert keys[0] == keys[1] and len(set(keys[0])) == 2
+
+
 def unchanged(found: Captured) -> bool:
     text = found.text
     return found.run("hoist") == 0 and found.text == text and not found.context.programs
