@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._inductor.compile_fx import compile_fx_inner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fp4compile
+from fp4compile.backends import inductor
+from fp4compile.backends.inductor import halves
 from fp4compile.dynamo import fp4compile_backend
 from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.weight_cache import Program, WeightCache
@@ -274,6 +278,40 @@ def test_cuda_graphs_want_forms_that_stay_where_they_are(monkeypatch: pytest.Mon
     monkeypatch.setattr(WeightCache, "forms", watched)
     assert both(mlp, batches(16, 64), mode="reduce-overhead")
     assert len(set(seen)) == 3
+
+
+@dataclass
+class Halves:
+    """What Inductor was given: bytes that the forward returns beside its inputs, and inputs that it takes for fixed."""
+
+    returned: int = 0
+    fixed: list[int] = field(default_factory=list)
+
+
+def halves_of(model: nn.Module, cache: bool, monkeypatch: pytest.MonkeyPatch) -> Halves:
+    found = Halves()
+
+    def spy(half: GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [node.name for node in half.graph.find_nodes(op="placeholder")]
+        static = {names[index] for index in kwargs["static_input_idxs"]}
+        found.fixed.append(sum(name.startswith("cached_") and name in static for name in names))
+        if not kwargs.get("is_backward"):
+            returned = [node for node in half.graph.output_node().all_input_nodes if node.op != "placeholder"]
+            found.returned = sum(node.meta["val"].nbytes for node in returned)
+        return compile_fx_inner(half, inputs, *args, **kwargs)
+
+    for module in (halves, inductor):
+        monkeypatch.setattr(module, "compile_fx_inner", spy)
+    compiled(model, "nvfp4-plain", cache=cache)(randn(16, 64).requires_grad_()).sum().backward()
+    return found
+
+
+@pytest.mark.slow
+def test_the_backward_is_kept_less_and_cuda_graphs_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, usual = (halves_of(build(Autocast), cache, monkeypatch) for cache in (True, False))
+    # The casts of three weights, to bf16, and their tensor scales.
+    assert usual.returned - cached.returned == 2 * (64 * 32 + 32 * 32 + 32 * 64) + 3 * 4
+    assert cached.fixed == [6, 6] and usual.fixed == [0, 0]  # three weights and their tensor scales
 
 
 class Broken(nn.Module):
