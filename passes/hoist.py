@@ -35,14 +35,8 @@ from fp4compile.weight_cache import CACHED, Program
 
 aten = torch.ops.aten
 
-# Ops that quantise. None of them draws: random bits come from a seed, which is no parameter.
-_CODECS = {
-    OPS[name].overload
-    for name in (
-        *("tensor_scale", "quantize", "dequantize", "fake_quantize", "fake_quantize_both", "hadamard"),
-        *("quantize_rowwise", "quantize_rowwise_both"),
-    )
-}
+# Ops that quantise, and the transform in front. None of them draws: random bits come from a seed, which is no parameter.
+_CODECS = {op.overload for op in OPS.values() if "format" in op.signature.parameters or op.name == "hadamard"}
 # What may stand between a parameter and its quantisation, with the same bits wherever it is computed.
 _MOVES = MOVES | {torch.ops.prims.convert_element_type.default, aten._to_copy.default, operator.getitem}
 
