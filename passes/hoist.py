@@ -35,7 +35,7 @@ from fp4compile.weight_cache import CACHED, Program
 
 aten = torch.ops.aten
 
-# Ops that quantise, and the transform in front. None of them draws: random bits come from a seed, which is no parameter.
+# Ops that quantise, and the transform in front. None draws: random bits come from a seed, which is no parameter.
 _CODECS = {op.overload for op in OPS.values() if "format" in op.signature.parameters or op.name == "hadamard"}
 # What may stand between a parameter and its quantisation, with the same bits wherever it is computed.
 _MOVES = MOVES | {torch.ops.prims.convert_element_type.default, aten._to_copy.default, operator.getitem}
