@@ -9,6 +9,7 @@ from fp4compile.passes.canonicalise import Canonicalise
 from fp4compile.passes.find_sites import FindSites
 from fp4compile.passes.fold import Fold
 from fp4compile.passes.fuse import Fuse
+from fp4compile.passes.hoist import Hoist
 from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
@@ -41,6 +42,7 @@ PIPELINE = (
     Pair(),  # what is left of fake quantisation is read from one tensor
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
     Legalise(),
+    Hoist(),  # last: behind it a weight's kernels no longer show
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "FindSites",
     "Fold",
     "Fuse",
+    "Hoist",
     "InsertQDQ",
     "Legalise",
     "Pack",
