@@ -28,7 +28,16 @@ from typing import Any
 import torch
 from lm.arms import check_widths
 from lm.files import files_of, python_sources, read_file, shuffled
-from lm.machine import BadInput, check_folder, machine_name, pick_device, pick_dtype, positive, synchronise
+from lm.machine import (
+    BadInput,
+    check_folder,
+    machine_name,
+    make_deterministic,
+    pick_device,
+    pick_dtype,
+    positive,
+    synchronise,
+)
 from lm.model import Llama, Shape, learning_rate, make_model, make_optimizer
 from lm.plot import COLOURS, Curve, gap, loss_and_gap
 from rich import box
@@ -444,6 +453,8 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """Check everything, train every arm, print and write the results."""
     device = pick_device(options.device)
     options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
+    if device.type == "cpu":
+        make_deterministic()  # on CUDA it costs time, and CUDA graphs refuse some of its kernels
     recipes = resolve_recipes(options.recipes)
     check_widths(options, recipes)
     text = read_text(options.text, options.sequence)

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from lm.arms import PLANS, PROBED, Arm, check_widths, make_arm
-from lm.claims import read_study
 from lm.commands import LINE, UNFINISHED, WORDS, Leave, bars, run_all
 from lm.corpus import Corpus, check_length, load_corpus
-from lm.machine import BadInput, check_folder, pick_device, pick_dtype, positive
+from lm.machine import BadInput, check_folder, make_deterministic, pick_device, pick_dtype, positive
 from lm.model import Shape
 from lm.probe import Probe, load_checkpoint
 from lm.report import markdown_table, write_report
+from lm.results import read_study
 from lm.tables import all_claims, loss_table
 from lm.train import (
     Files,
@@ -43,7 +43,6 @@ from lm.train import (
     files_of_run,
     files_of_trunk,
     finished,
-    make_deterministic,
     steps_done,
 )
 from rich.console import Console
@@ -72,6 +71,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def seed_number(text: str) -> int:
+    """An argparse type: what seeds random numbers and stands in file names."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**63), got {text}")
+    return value
+
+
 def _text_options(parser: argparse.ArgumentParser) -> None:
     count, number = positive(int), positive(float)
     add = parser.add_argument
@@ -94,7 +101,7 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
         "--no-deterministic",
         dest="deterministic",
         action="store_false",
-        help="CUDA: other bits each time",
+        help="other bits each time, on CUDA and on several threads of a CPU",
     )
     add("--out", type=Path, default=Path(__file__).parent / "out" / "study", help="folder of results and checkpoints")
 
@@ -122,9 +129,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | run | probe | report")
 
     train = verbs.add_parser("train", help="one arm, one seed or several", allow_abbrev=False)
-    train.add_argument("--arm", required=True, help="bf16, a recipe, a TOML file; +rht, +sr, +tf, +2d add ingredients")
+    train.add_argument(
+        "--arm", required=True, help="bf16, a recipe, a TOML file; +rht, +sr, +tf, +2d, +nopts change it"
+    )
     train.add_argument("--switch", type=float, default=None, help="BF16 from this fraction of the steps on")
-    train.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, batches and stochastic rounding")
+    train.add_argument(
+        "--seed", type=seed_number, nargs="+", default=[0], help="of weights, batches and stochastic rounding"
+    )
     train.add_argument("--model", choices=MODELS, default="dense")
     train.add_argument("--steps", type=positive(int), default=3000, help="optimiser steps (%(default)s)")
     train.add_argument("--batch", type=positive(int), default=128, help="windows of a step (%(default)s)")
@@ -139,7 +150,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--plan", choices=PLANS, default="quick", help=plans.replace("%", "%%"))
     run.add_argument("--arms", nargs="+", default=None, help="these arms only, of the plan or not")
-    run.add_argument("--seeds", type=int, nargs="+", default=None, help="these seeds instead of the plan's")
+    run.add_argument("--seeds", type=seed_number, nargs="+", default=None, help="these seeds instead of the plan's")
     run.add_argument("--models", nargs="+", choices=MODELS, default=None, help="these models of the plan only")
     run.add_argument("--steps", type=positive(int), default=None, help="optimiser steps instead of the plan's")
     run.add_argument("--batch", type=positive(int), default=None, help="windows of a step instead of the plan's")
@@ -169,7 +180,6 @@ def fill(options: argparse.Namespace) -> None:
     """Put what the options leave open in its place."""
     device = pick_device(options.device)
     options.device, options.dtype = str(device), pick_dtype(options.dtype, device)
-    options.deterministic = options.deterministic and device.type == "cuda"
 
 
 def fill_training(options: argparse.Namespace) -> None:
@@ -212,6 +222,8 @@ def settings_of(options: argparse.Namespace, corpus: Corpus) -> Settings:
 def checked_arm(options: argparse.Namespace) -> Arm:
     """The arm that a `train` command names, once its options are filled in and all that needs no text is checked."""
     arm = make_arm(options.arm, options.switch)
+    if len(set(options.seed)) < len(options.seed):
+        raise BadInput(f"--seed {' '.join(map(str, options.seed))} names a seed twice")
     fill_training(options)
     check_widths(options, [arm.recipe] if arm.recipe else [])
     Schedule(nn.Identity(), arm.precisions, options.steps, options={"backend": options.backend})
@@ -358,6 +370,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def probe(options: argparse.Namespace, command: str, console: Console) -> int:
     """Measure BF16 checkpoints in each recipe that they were not measured in yet."""
+    options.arms = list(dict.fromkeys(options.arms))
     arms = [make_arm(name) for name in options.arms]
     if any(arm.recipe is None or arm.switch is not None for arm in arms):
         raise BadInput("the probe compares recipes with BF16: --arms takes neither bf16 nor a switch")
@@ -367,8 +380,13 @@ def probe(options: argparse.Namespace, command: str, console: Console) -> int:
         raise BadInput(f"--out {options.out}: no checkpoint of a bf16 arm there; train one, or name it by --checkpoint")
     check_folder(options.out)
     loaded = {path: load_checkpoint(path) for path in paths}
-    corpora = {}
-    for path, (_, trained, _) in loaded.items():
+    corpora, known = {}, {}
+    for path, (_, trained, seed) in loaded.items():
+        other = known.setdefault((trained.model, seed), path)
+        if other != path:
+            raise BadInput(
+                f"{path} and {other} are both checkpoints of {trained.model}, seed {seed}; probe one of them"
+            )
         corpora[path] = load_corpus(options.text, options.max_mb, trained.shape.vocabulary, options.out)
         if corpora[path].digest != trained.corpus:
             raise BadInput(f"{path} was trained on another text; give the --text, --max-mb and --out of its training")

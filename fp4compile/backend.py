@@ -74,6 +74,8 @@ class Backend(ABC):
     name: str
     doc: str
     kernels: tuple[Kernel, ...] = ()
+    # Whether `compile` knows `cached_weight` (fp4compile.weight_cache).
+    caches_weights: bool = False
 
     def available(self) -> Answer:
         """Whether this machine can run the backend."""

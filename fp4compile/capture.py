@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp4compile.graph import clean_path
 
@@ -27,6 +28,7 @@ class Frame:
         depths: path of each list of blocks -> its length.
         root: the module whose forward was traced, if there is one.
         session: the object that stands for one `torch.compile` call; graphs of one model share it.
+        untracked: why a change of a parameter may go unnoticed; empty where none does.
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class Frame:
     depths: dict[str, int] = field(default_factory=dict)
     root: nn.Module | None = None
     session: object = None
+    untracked: str = ""
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
@@ -105,7 +108,21 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
     depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
-    return Frame(parameters, embeddings, depths, root, session)
+    untracked = _untracked(modules.values(), [example for _, _, example in inputs])
+    return Frame(parameters, embeddings, depths, root, session, untracked)
+
+
+def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> str:
+    """Why writes of parameters may go unnoticed, or ""."""
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in modules):
+        return "FSDP gathers them for each call, into memory whose writes are not counted"
+    for parameter in parameters:
+        wraps: bool = is_traceable_wrapper_subclass(parameter)
+        if wraps:
+            return f"they are {type(parameter).__name__}s"
+        if parameter.is_inference():
+            return "they were made in inference mode, where torch counts no writes"
+    return ""
 
 
 def graph_parameters(graph: Graph, parameters: dict[int, str]) -> dict[Node, str]:

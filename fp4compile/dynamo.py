@@ -23,6 +23,7 @@ from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.pipeline import Context, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report, merged
+from fp4compile.weight_cache import cache_of
 
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -37,6 +38,7 @@ class Options:
         mode: an Inductor mode (torch refuses `mode=` beside `options=`).
         strict: a GEMM that the recipe asks for and that cannot be done is an error; else a reported fallback.
         keep: globs of modules that stay in high precision.
+        cache_weights: keep quantised weights between calls, and quantise them anew when they have changed.
     """
 
     recipe: Any = "hif4"
@@ -44,6 +46,7 @@ class Options:
     mode: str | None = None
     strict: bool = True
     keep: Sequence[str] = ()
+    cache_weights: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -55,8 +58,9 @@ class Options:
         parsed = cls(**(options or {}))
         if parsed.mode not in MODES:
             raise unknown("mode", parsed.mode, [str(m) for m in MODES])
-        if not isinstance(parsed.strict, bool):
-            raise FP4TypeError(f"option 'strict' must be a bool, got {parsed.strict!r}")
+        for name in ("strict", "cache_weights"):
+            if not isinstance(getattr(parsed, name), bool):
+                raise FP4TypeError(f"option {name!r} must be a bool, got {getattr(parsed, name)!r}")
         if not isinstance(parsed.backend, str):
             raise FP4TypeError(f"option 'backend' must be a name, got {parsed.backend!r}")
         return parsed
@@ -85,6 +89,7 @@ class Ledger:
         """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
         report = merged(self._reports)
         if report and self._backend:
+            report.notes += report.cache_notes()
             report.notes += graph_break_notes(graph_breaks() - self._breaks)
             named = {kernel for site in report.sites for kernel in site.kernel.split(" + ")}
             report.notes += self._backend.runtime_notes(named)
@@ -141,6 +146,14 @@ def warn_unmatched(recipe: Recipe, root: nn.Module | None) -> None:
             warnings.warn(f"{glob!r} of recipe {recipe.name!r} matches no module{hint}", FP4Warning, stacklevel=2)
 
 
+def check_cacheable(backend: Backend, where: Frame) -> None:
+    """Refuse to cache weights where a change of one would not be seen, or by a backend that cannot."""
+    if not backend.caches_weights:
+        raise FP4ValueError(f"backend {backend.name!r} cannot cache weights: leave out cache_weights=True")
+    if where.untracked:
+        raise FP4ValueError(f"weights cannot be cached here: {where.untracked}. Leave out cache_weights=True")
+
+
 def make_context(options: Options, where: Frame, device: str) -> Context:
     """The context of one graph."""
     recipe = recipes.resolve(options.recipe, options.keep)
@@ -148,6 +161,8 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
     answer = backend.available()
     if isinstance(answer, No):
         raise FP4ValueError(f"backend {backend.name!r} is not available here: {answer.reason}")
+    if options.cache_weights:
+        check_cacheable(backend, where)
     warn_unmatched(recipe, where.root)
     return Context(
         recipe,
@@ -157,6 +172,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         embeddings=set(where.embeddings),
         depths=where.depths,
         inner=recipe.keeps_by_depth and where.is_inner(),
+        weight_cache=cache_of(where.session) if options.cache_weights else None,
     )
 
 

@@ -22,6 +22,7 @@ from fp4compile.ops import BY_OVERLOAD
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report, SiteRecord
 from fp4compile.rewrite import arguments, value
+from fp4compile.weight_cache import Program, WeightCache
 
 GROUP = "fp4compile.pipelines"
 
@@ -40,6 +41,8 @@ class Context:
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
         notes: for the report.
+        weight_cache: where quantised weights are kept between calls; None where nobody asked for it.
+        programs: what makes them.
     """
 
     recipe: Recipe
@@ -55,6 +58,8 @@ class Context:
     facts: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    weight_cache: WeightCache | None = None
+    programs: list[Program] = field(default_factory=list)
 
     def refuse(self, site: Site, reason: str) -> None:
         """A GEMM that the recipe asked for cannot be done: an error when strict, else it stays as it is."""
@@ -106,6 +111,7 @@ class Context:
             graphs=1,
             pass_seconds=dict(self.seconds),
             weights=weights,
+            cached={program.parameter: dict(program.sizes) for program in self.programs},
         )
 
 
@@ -232,5 +238,6 @@ def _sources() -> str:
 def fingerprint(context: Context, pipeline: Pipeline) -> bytes:
     """What compile caches must key on: recipe, options, passes with their options, our sources and torch's version."""
     steps = [(type(p).__qualname__, [(f.name, getattr(p, f.name)) for f in fields(p)]) for p in pipeline.passes]  # type: ignore[arg-type]
-    key: tuple[Any, ...] = (context.recipe, context.backend.name, context.strict, steps, _sources(), torch.__version__)
+    asked = context.recipe, context.backend.name, context.strict, context.weight_cache is not None
+    key: tuple[Any, ...] = (*asked, steps, _sources(), torch.__version__)
     return hashlib.sha256(repr(key).encode()).digest()

@@ -54,6 +54,7 @@ class Report:
         graphs: number of graphs that were compiled.
         pass_seconds: time spent in each pass, summed over graphs.
         weights: parameter of each FP4 forward GEMM -> its bytes as the GEMM would read it, and packed.
+        cached: parameter whose quantised forms are kept between calls -> bytes of each of them.
     """
 
     recipe: str
@@ -64,6 +65,7 @@ class Report:
     graphs: int = 0
     pass_seconds: dict[str, float] = field(default_factory=dict)
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+    cached: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def count(self, status: Status) -> int:
         """Number of GEMMs with that status."""
@@ -88,6 +90,15 @@ class Report:
         self.graphs += other.graphs
         self.pass_seconds = dict(Counter(self.pass_seconds) + Counter(other.pass_seconds))
         self.weights |= other.weights
+        for parameter, sizes in other.cached.items():
+            self.cached[parameter] = self.cached.get(parameter, {}) | sizes
+
+    def cache_notes(self) -> list[str]:
+        """How many weights are cached, and what that takes."""
+        if not self.cached:
+            return []
+        size = _bytes(sum(sum(sizes.values()) for sizes in self.cached.values()))
+        return [f"{len(self.cached)} weights are quantised when they change; their forms take {size}"]
 
     def to_json(self) -> str:
         """The whole report as a JSON object."""

@@ -10,6 +10,7 @@ from fp4compile.passes.canonicalise import Canonicalise
 from fp4compile.passes.find_sites import FindSites
 from fp4compile.passes.fold import Fold
 from fp4compile.passes.fuse import Fuse
+from fp4compile.passes.hoist import Hoist
 from fp4compile.passes.insert_qdq import InsertQDQ
 from fp4compile.passes.legalise import Legalise
 from fp4compile.passes.pack import Pack
@@ -43,6 +44,7 @@ PIPELINE = (
     Bundle(),  # after pair and rescale, whose ops it takes apart where reading their input's own inputs is cheaper
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
     Legalise(),
+    Hoist(),  # last: behind it a weight's kernels no longer show
 )
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "FindSites",
     "Fold",
     "Fuse",
+    "Hoist",
     "InsertQDQ",
     "Legalise",
     "Pack",

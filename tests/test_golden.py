@@ -2,7 +2,7 @@
 
 `make golden` writes the texts anew. A model gives `make() -> (module, example inputs)`, RECIPE and TRAIN; with
 EXPORT its inference graph comes from torch.export, parameters as attributes, and not from torch.compile; with
-CLAIMS (op -> what of it) the backend is one that claims kernels for these ops.
+CLAIMS (op -> what of it) the backend is one that claims kernels for these ops; with CACHE weights are cached.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fp4compile.backend import get_backend
 from fp4compile.graph import Site, text
 from fp4compile.passes import PIPELINE
 from fp4compile.pipeline import Context, Pass, Pipeline
+from fp4compile.weight_cache import WeightCache
 from tests.claims import Claims, registered
 from tests.helpers import NAMES, export
 
@@ -57,7 +58,8 @@ def _renumber(text: str) -> str:
 
 
 def _print(graph: Graph, context: Context) -> str:
-    return _renumber(text(graph, context.sites)) + "".join(f"# {_about(site)}\n" for site in context.sites)
+    programs = "".join(f"# forms of {p.parameter}:\n{_renumber(text(p.module.graph))}" for p in context.programs)
+    return _renumber(text(graph, context.sites)) + "".join(f"# {_about(site)}\n" for site in context.sites) + programs
 
 
 def _texts(name: str) -> dict[str, str]:
@@ -68,6 +70,7 @@ def _texts(name: str) -> dict[str, str]:
     found = {}
 
     def observe(step: Pass | None, graph: Graph, context: Context) -> None:
+        context.weight_cache = WeightCache() if getattr(example, "CACHE", False) else None
         found[step.name if step else ""] = _print(graph, context)
 
     wanted = NAMES[: NAMES.index(name) + 1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
@@ -20,6 +20,7 @@ from fp4compile.backend import Backend, Rewrite
 from fp4compile.backends import triton
 from fp4compile.backends.inductor import cpu
 from fp4compile.backends.inductor.direct import write_direct_calls
+from fp4compile.backends.inductor.halves import HalfCompiler
 from fp4compile.dispatch import install_kernels
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
 
@@ -48,6 +49,7 @@ class InductorBackend(Backend):
     name = "inductor"
     doc = "the default: torch's Inductor on CPU and CUDA, FP4 codecs as opaque kernels"
     kernels = cpu.KERNELS + triton.KERNELS
+    caches_weights = True
 
     def runtime_notes(self, kernels: Collection[str]) -> list[str]:
         return triton.rowwise.notes() if any(kernel.endswith("mm_rowwise") for kernel in kernels) else []
@@ -69,7 +71,13 @@ class InductorBackend(Backend):
         # On a hit of AOTAutograd's cache no pass would run: no report and no strict error. Kernels are still cached.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             compiled: Any = compile_fx(
-                graph_module, example_inputs, config_patches=patches, decompositions=decompositions()
+                graph_module,
+                example_inputs,
+                inner_compile=HalfCompiler(context.weight_cache, context.programs)
+                if context.weight_cache
+                else compile_fx_inner,
+                config_patches=patches,
+                decompositions=decompositions(),
             )
         return compiled
 

@@ -1,7 +1,7 @@
 """Row-wise scaled FP8 GEMMs of E2M1 operands on CUDA: from an op's arguments to launches.
 
     quantize_rowwise(x)       ->  window (scales of rows, flags cleared), quantize
-    quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read
+    quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read, or of each where random
     quantize_rowwise_each(x)  ->  window and quantize of all that a producer makes of x and others
     mm_rowwise(a, b)          ->  torch._scaled_mm, then `exact` over all that read a flagged row
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ TILES: dict[tuple[int, ...], Tile] = {
     (1,): Tile(32, 64, 2),
     (0, 1): Tile(32, 64, 1),
 }
-# Of several tensors, whose producer holds all of them in registers, a thread takes fewer elements.
+# Instead of those, under random numbers.
+RANDOM_TILES: dict[tuple[int, ...], Tile] = {(1,): Tile(32, 64, 1)}
+# Of several tensors of one producer, by the axis; not timed on hardware, counted: benchmarks/NOTES.md.
 EACH_TILES: dict[int, Tile] = {0: Tile(32, 64, 1), 1: Tile(32, 64, 2)}
 # Elements that lie side by side and that a thread reads at once, for axis 0 and for axis 1.
 _VECTORS = (2, 8)
@@ -61,6 +63,14 @@ class Axis:
     scale_rule: str | None
     stream: int
     hadamard: int
+
+
+# Axes with their options.
+Wanted = tuple[tuple[int, Axis], ...]
+
+
+def _random(wanted: Wanted) -> bool:
+    return any(options.rounding == "stochastic" for _, options in wanted)
 
 
 # --- what is supported -----------------------------------------------------------------------------------------------
@@ -120,7 +130,7 @@ def plan(
     shape: torch.Size,
     dtype: torch.dtype,
     format: str,
-    wanted: tuple[tuple[int, Axis], ...],
+    wanted: Wanted,
     signs_drawn: bool,
     producer: str = "",
     e5m2: bool = False,
@@ -132,7 +142,8 @@ def plan(
         signs_drawn: whether a seed chooses the signs of the transform; else the kernel is compiled with them.
     """
     fmt = FORMATS[format]
-    tile = TILES[tuple(axis for axis, _ in wanted)]
+    axes = tuple(axis for axis, _ in wanted)
+    tile = RANDOM_TILES.get(axes, TILES[axes]) if _random(wanted) else TILES[axes]
     emax = math.floor(math.log2(fmt.element.max))
     # A tile holds whole runs of the transform.
     least = {axis: options.hadamard for axis, options in wanted}
@@ -198,28 +209,40 @@ def _results(
     )
 
 
+def _parts(wanted: Wanted) -> Sequence[Wanted]:
+    """The axes by launches: random numbers are bound by arithmetic, not by reading x, and by registers."""
+    return [(each,) for each in wanted] if _random(wanted) else [wanted]
+
+
 def plan_rows(
     x: Tensor,
     format: str,
-    wanted: tuple[tuple[int, Axis], ...],
+    wanted: Wanted,
     seed: Tensor | None,
     sign_seed: Tensor | None,
     producer: str = "",
     e5m2: bool = False,
     **operands: Tensor | None,
 ) -> tuple[Launches, tuple[Tensor, ...]]:
-    """The two launches that quantise along the wanted axes, of contiguous tensors, and the results."""
-    planned = plan(x.shape, produced_dtype(x, producer), format, wanted, sign_seed is not None, producer, e5m2)
+    """The launches that quantise along the wanted axes, of contiguous tensors, and the results."""
+    planned_for = partial(
+        plan, x.shape, produced_dtype(x, producer), format,
+        signs_drawn=sign_seed is not None, producer=producer, e5m2=e5m2,
+    )  # fmt: skip
+    planned = planned_for(wanted)
     results = {axis: _results(x, planned.values, *sizes) for axis, sizes in planned.shapes.items()}
     source: dict[str, Any] = {"x_ptr": x, **pointers(operands)}
-    given = dict(source)
+    given: dict[int, dict[str, Any]] = {}
     for axis in (0, 1):
         tensors = results.get(axis, (None,) * len(_RESULTS))
-        given |= {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
-    window = source | {name: given[name] for name in _WINDOW}
-    flat = tuple(tensor for axis in sorted(results) for tensor in results[axis])
-    quantize = {**given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}
-    return [(planned.window, window), (planned.quantize, quantize)], flat
+        given[axis] = {f"{name}{axis}_ptr": tensor for name, tensor in zip(_RESULTS, tensors, strict=True)}
+    every = given[0] | given[1]
+    launches = [(planned.window, source | {name: every[name] for name in _WINDOW})]
+    idle, seeds = dict.fromkeys(every), {"seed_ptr": seed, "sign_seed_ptr": sign_seed}
+    for part in _parts(wanted):
+        own = {name: value for axis, _ in part for name, value in given[axis].items()}
+        launches.append((planned_for(part).quantize, source | idle | own | seeds))
+    return launches, tuple(tensor for axis in sorted(results) for tensor in results[axis])
 
 
 def plan_quantize_rowwise(

@@ -23,6 +23,7 @@ SECTIONS = {
     "codec": "the codec kernels against a device copy",
     "decode": "linear layers on packed weights against bf16",
     "train": "a training step of two Llama-3-8B blocks against BF16",
+    "accumulate": "micro-batches of such a step, with and without cached weights, against BF16",
     "generate": "decoding of a Llama-3-8B-shaped model against BF16",
 }
 _WIDTH = 170

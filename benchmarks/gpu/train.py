@@ -73,10 +73,11 @@ def kernel_class(name: str) -> str:
     return next(kind for kind, pattern in CLASSES if re.search(pattern, name))
 
 
-def compiled(model: Stack, name: str) -> Callable[..., Tensor]:
-    """The model under `torch.compile`, in BF16 or by a recipe."""
+def compiled(model: Stack, name: str, **others: Any) -> Callable[..., Tensor]:
+    """The model under `torch.compile`, in BF16 or by a recipe with other options."""
     # The function behind the name "fp4compile": a bare checkout has no entry point that torch could find it by.
-    options: dict[str, Any] = {} if name == BASE else {"backend": fp4compile_backend, "options": {"recipe": name}}
+    fp4: dict[str, Any] = {"backend": fp4compile_backend, "options": {"recipe": name, **others}}
+    options = {} if name == BASE else fp4
     made: Callable[..., Tensor] = torch.compile(model, fullgraph=True, dynamic=False, **options)
     return made
 

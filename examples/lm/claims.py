@@ -1,134 +1,18 @@
-"""From result files to numbers: relative loss errors in pairs of one seed, their spread, and what may be claimed."""
+"""What may be claimed of relative loss errors: their spread over the seeds, the rule, and the statements."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from lm.arms import LABELS, label
-from lm.machine import BadInput
-from lm.plot import gap
+from lm.arms import label
+from lm.results import Errors
 
-TAIL = 0.1  # of the steps: what the final training loss is a mean of
 SEEDS = 4  # fewer carry no claim
 TIMES = 3.0  # spreads that a difference must exceed
 BAR = 0.01  # the relative loss error that HiF4 is to stay below
-
-Result = Mapping[str, Any]
-# Seed, or seed and batch -> relative loss error; NaN for an arm that diverged.
-Errors = dict[Any, float]
-
-
-def final_loss(result: Result) -> float:
-    """Mean training loss of the last tenth of the steps; NaN if the arm diverged."""
-    return tenth_loss(result, 1)
-
-
-def tenth_loss(result: Result, last: int) -> float:
-    """Mean training loss of a tenth of the steps, the `last` one from the end; NaN if the arm diverged."""
-    losses, size = result["losses"], max(1, round(len(result["losses"]) * TAIL))
-    part = losses[len(losses) - last * size : len(losses) - (last - 1) * size]
-    return math.nan if result["diverged"] else statistics.fmean(part)
-
-
-def held_out_loss(result: Result) -> float:
-    """Loss on the held-out text; NaN if the arm diverged."""
-    return math.nan if result["diverged"] or result["held_out_loss"] is None else result["held_out_loss"]
-
-
-@dataclass
-class Study:
-    """The results of one folder.
-
-    Attributes:
-        runs: (model, arm) -> seed -> result of training.
-        probes: model -> seed -> result of the frozen probe, with all of its arms.
-        commands: what made the results.
-    """
-
-    runs: dict[tuple[str, str], dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
-    probes: dict[str, dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
-    commands: set[str] = field(default_factory=set)
-
-    @property
-    def models(self) -> list[str]:
-        """Models that there is anything of."""
-        return sorted({model for model, _ in self.runs} | set(self.probes))
-
-    def arms(self, model: str) -> list[str]:
-        """Arms of a model: BF16, the formats, then the others by name."""
-        first = list(LABELS)
-        names = [arm for found, arm in self.runs if found == model]
-        return sorted(names, key=lambda arm: (first.index(arm) if arm in first else len(first), arm))
-
-    def errors(self, model: str, arm: str, loss: Callable[[Result], float] = final_loss) -> Errors:
-        """Relative loss error of each seed that BF16 was trained with too."""
-        base = self.runs.get((model, "bf16"), {})
-        runs = self.runs.get((model, arm), {})
-        return {seed: gap(loss(runs[seed]), loss(base[seed])) for seed in sorted(runs.keys() & base.keys())}
-
-    def share(self, model: str, arm: str) -> float | None:
-        """Share of the FLOPs of all GEMMs that a trained arm does in FP4; None if it was not trained."""
-        reports = [run["report"] for run in self.runs.get((model, arm), {}).values()]
-        return reports[0]["fp4_share"] if reports and reports[0] else None
-
-    def batch_errors(self, model: str, arm: str) -> Errors:
-        """Relative loss error of each batch of each probed checkpoint."""
-        return {
-            (seed, batch): error
-            for seed, result in sorted(self.probes.get(model, {}).items())
-            if arm in result["arms"]
-            for batch, error in enumerate(probe_batches(result, arm))
-        }
-
-    def probe_errors(self, model: str, arm: str) -> Errors:
-        """Relative loss error of each probed checkpoint, as a mean over its batches."""
-        return {
-            seed: statistics.fmean(probe_batches(result, arm))
-            for seed, result in sorted(self.probes.get(model, {}).items())
-            if arm in result["arms"]
-        }
-
-
-def probe_batches(result: Result, arm: str) -> list[float]:
-    """Relative loss error of each batch of a probe."""
-    rows = result["arms"][arm]
-    return [gap(loss, base) for loss, base in zip(rows["losses"], rows["bf16_losses"], strict=True)]
-
-
-def read_study(folder: Path) -> Study:
-    """Every result below a folder; results of one model that cannot be compared are an error."""
-    study, settings = Study(), {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except ValueError as error:
-            raise BadInput(f"{path} is no whole JSON file: {error}") from error
-        if not isinstance(result, dict) or result.get("kind") not in ("train", "probe"):
-            continue  # the tokenizer, for one
-        kind, model, seed, ours = (result[key] for key in ("kind", "model", "seed", "settings"))
-        first, theirs = settings.setdefault((kind, model), (path, ours))
-        if theirs != ours:
-            changed = [key for key in {**theirs, **ours} if key not in theirs or theirs[key] != ours.get(key)]
-            raise BadInput(f"{path} and {first} cannot be compared: {', '.join(changed)} differ")
-        study.commands.add(result["command"])
-        if kind == "train":
-            study.runs[model, result["arm"]][seed] = result
-        else:
-            arms = study.probes[model].get(seed, {"arms": {}})["arms"] | result["arms"]
-            study.probes[model][seed] = {**result, "arms": arms}
-    if not study.models:
-        raise BadInput(f"{folder}: no results of study.py there")
-    return study
-
-
-# --- what may be claimed ---------------------------------------------------------------------------------------------
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:

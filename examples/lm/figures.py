@@ -13,9 +13,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lm.arms import LABELS, MAIN, label
-from lm.claims import Study, mean_and_spread
+from lm.claims import TIMES, mean_and_spread
 from lm.plot import COLOURS, STYLE, Curve, gap, panel, png, smooth
-from lm.tables import kind, place_means, probed
+from lm.results import Study
+from lm.tables import ABLATIONS, ablated, effect, kind, paired, place_means, probed, whole
 
 _ROLES = {"": "all three GEMMs", ":forward": "forward alone", ":dgrad": "dgrad alone", ":wgrad": "wgrad alone"}
 
@@ -27,11 +28,6 @@ def coloured(arms: Iterable[str]) -> list[tuple[str, str]]:
     return [(arm, own[arm] if arm in own else next(others)) for arm in arms]
 
 
-def with_curves(study: Study, model: str) -> list[str]:
-    """Arms that have a curve: no ablations."""
-    return [arm for arm in study.arms(model) if "+" not in arm and "@" not in arm]
-
-
 def with_panels(study: Study, model: str) -> list[str]:
     """Probed arms that have panels in the heat map: the recipes."""
     known = set(probed(study.probes.get(model, {})))
@@ -41,9 +37,10 @@ def with_panels(study: Study, model: str) -> list[str]:
 def curves_figure(study: Study, model: str) -> bytes:
     """Loss curves left, their gap to BF16 right, with a band of its spread over the seeds; means over 5% of the steps.
 
-    Both are of the seeds that every arm has, if there are any.
+    Both begin where the arms part, and are of all arms but the ablations, of the seeds that every one has, if there are
+    any.
     """
-    arms = with_curves(study, model)
+    arms = whole(study.arms(model))
     runs = {arm: study.runs[model, arm] for arm in arms}
     seeds = set.intersection(*map(set, runs.values())) or set.union(*map(set, runs.values()))
     settings = next(iter(runs[arms[0]].values()))["settings"]
@@ -65,11 +62,8 @@ def curves_figure(study: Study, model: str) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        panel(left, f"Training loss (nats per token; means over {window} steps)", losses, window // 2, ".3f")
-        for axes in (left, right):
-            if branch:
-                axes.axvline(branch, color="#999999", lw=1, ls=":")
         start = branch + window // 2
+        panel(left, f"Training loss (nats per token; means over {window} steps)", losses, start, ".3f")
         for colour, band in bands:
             low, high = ([mean + sign * spread for mean, spread in band[start:]] for sign in (-1, 1))
             right.fill_between(range(start + 1, len(band) + 1), low, high, color=colour, alpha=0.15, lw=0)
@@ -84,6 +78,54 @@ def _finite(losses: list[float | None]) -> list[float]:
     """The losses until the run diverged."""
     until = next((step for step, loss in enumerate(losses) if loss is None or not math.isfinite(loss)), len(losses))
     return [loss for loss in losses[:until] if loss is not None]
+
+
+def effects(study: Study, model: str) -> dict[str, dict[str, list[float]]]:
+    """Format -> ingredient -> what it adds to the gap of each seed, in percent; without arms that diverged."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for format, name, without, given in ablated(lambda arm: study.errors(model, arm)):
+        pairs = [100 * value for value in paired(given, without)]
+        if all(map(math.isfinite, pairs)):
+            found.setdefault(format, {})[name] = pairs
+    return found
+
+
+def effects_figure(study: Study, model: str) -> bytes:
+    """What each ingredient does to the gap in training loss: a panel per format, a row per ingredient.
+
+    A dot per seed, and a bar of `TIMES` spreads around their mean: by the rule, what does not reach zero is resolved.
+    """
+    found = effects(study, model)
+    names = [name for name in ABLATIONS if any(name in rows for rows in found.values())]
+    reach = sorted(max(map(abs, pairs)) for rows in found.values() for pairs in rows.values())
+    limit = 1.5 * max(value for value in reach if value <= 4 * statistics.median(reach)) or 1.0  # others are written
+    with matplotlib.rc_context(STYLE | {"font.size": 9}):
+        figure = Figure(figsize=(2.6 + 3.2 * len(found), 1.1 + 0.3 * len(names)), layout="constrained")
+        grids = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (format, rows) in zip(grids, found.items(), strict=True):
+            axes.axvline(0, color=COLOURS[0], lw=1)
+            for name, pairs in rows.items():
+                _write_effect(axes, names.index(name), pairs, limit)
+            axes.set_title(label(format), loc="left", fontsize=10)
+            axes.set_xlabel("with − without, in % of BF16's loss")
+            axes.set_yticks(range(len(names)), names)
+            axes.set_xlim(-limit, limit)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.grid(axis="x", color="#E5E5E5", lw=0.8)
+    return png(figure)
+
+
+def _write_effect(axes: Any, row: int, pairs: list[float], limit: float) -> None:
+    """Dots, the bar, and at the edge the mean: red where an ingredient hurts, green where it helps, else grey."""
+    mean, deviation = mean_and_spread(pairs)
+    colour = {"hurts": COLOURS[1], "helps": COLOURS[3]}.get(effect([value / 100 for value in pairs]), "#999999")
+    if abs(mean) < limit:
+        if math.isfinite(deviation):
+            axes.plot([mean - TIMES * deviation, mean + TIMES * deviation], [row, row], color=colour, lw=4, alpha=0.35)
+        axes.plot(pairs, [row] * len(pairs), "o", color=colour, ms=3)
+    else:
+        axes.plot([limit * math.copysign(0.6, mean)], [row], ">" if mean > 0 else "<", color=colour, ms=5)
+    axes.text(limit, row, f"{round(mean, 2) + 0.0:+.2f}", color=colour, va="center", ha="right", fontsize=8)
 
 
 def heat_map(study: Study, model: str) -> bytes:

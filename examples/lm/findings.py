@@ -1,4 +1,4 @@
-"""What the numbers of a study show and what they do not, in sentences that are made from them alone."""
+"""What the numbers of a study show and what they do not: a table of orders, and sentences, from them alone."""
 
 from __future__ import annotations
 
@@ -9,118 +9,81 @@ from functools import partial
 from itertools import combinations
 
 from lm.arms import MAIN, PLAIN, label
-from lm.claims import (
-    BAR,
-    SEEDS,
-    TIMES,
-    Errors,
-    Study,
-    final_loss,
-    held_out_loss,
-    mean_and_spread,
-    percent,
-    tenth_loss,
-    verdict,
-)
-from lm.tables import ablated, effect, gradient_errors, paired
+from lm.claims import BAR, SEEDS, TIMES, mean_and_spread, percent, verdict
+from lm.results import Errors, Study, final_loss, held_out_loss, tenth_loss
+from lm.tables import Table, paired, whole
 
-OPEN = "Unresolved at this scale"
 SHARE = 0.9  # of the FLOPs of all GEMMs: what "every linear and expert GEMM in FP4" is taken to mean
 
 
 def findings(study: Study, model: str) -> list[str]:
     """The sentences on one model."""
-    probes = study.probes.get(model, {})
-    measures: dict[str, Callable[[str], Errors]] = {
-        "Training loss": lambda arm: study.errors(model, arm),
-        "Held-out loss": lambda arm: study.errors(model, arm, held_out_loss),
-        "Frozen probe": lambda arm: study.probe_errors(model, arm),
-        "Frozen probe, batches as pairs": lambda arm: study.batch_errors(model, arm),
-    }
     shares = {arm: study.share(model, arm) for arm in (*MAIN, *PLAIN)}
-    groups = {"": MAIN[1:], ", without stabilisers": PLAIN}
-    found = [
-        _order(name + which, errors, shares, arms)
-        for name, errors in measures.items()
-        for which, arms in groups.items()
-    ]
-    found.append(_ingredients("Training loss, what stabilisers do to the gap", measures["Training loss"], percent))
-    if probes:
-        cosine = "Frozen probe, what stabilisers do to the cosine of"
-        found += [
-            _ingredients(f"{cosine} one batch's gradient", lambda arm: gradient_errors(probes, arm), _cosine),
-            _ingredients(f"{cosine} the mean gradient", lambda arm: gradient_errors(probes, arm, mean=True), _cosine),
-        ]
-    found += [_trend(study, model), _seeds(study, model), _share(shares), _bounds(study, model)]
+    found = [_trend(study, model), _seeds(study, model), _share(shares), _devices(study, model), _bounds(study, model)]
     return [sentence for sentence in found if sentence]
 
 
-def _order(name: str, errors: Callable[[str], Errors], shares: Mapping[str, float | None], arms: Sequence[str]) -> str:
-    """Which gaps are told apart, from each other and from the bar: of the seeds that all arms have, if any."""
+def order_table(study: Study, model: str) -> Table:
+    """A row per measurement, of the recipes and of the plain formats: which gaps are told apart, and from the bar."""
+    measures: dict[str, Callable[[str], Errors]] = {
+        "training loss": lambda arm: study.errors(model, arm),
+        "held-out loss": lambda arm: study.errors(model, arm, held_out_loss),
+        "frozen probe": lambda arm: study.probe_errors(model, arm),
+        "frozen probe, batches as pairs": lambda arm: study.batch_errors(model, arm),
+    }
+    shares = {arm: study.share(model, arm) for arm in (*MAIN, *PLAIN)}
+    head = ["measured by", "arms", "mean gap to BF16", f"against {BAR:.0%}", "resolved", "unresolved at this scale"]
+    rows = [head]
+    for which, arms in {"recipes": MAIN[1:], "plain formats": PLAIN}.items():
+        rows += [[name, which, *cells] for name, errors in measures.items() if (cells := _order(errors, shares, arms))]
+    return rows
+
+
+def _order(errors: Callable[[str], Errors], shares: Mapping[str, float | None], arms: Sequence[str]) -> list[str]:
+    """Gaps, side of the bar, pairs of formats that are resolved and that are not: of the seeds that all arms have."""
     known = {arm: found for arm in arms if (found := errors(arm))}
     broken = [arm for arm, found in known.items() if not all(map(math.isfinite, found.values()))]
     known = {arm: found for arm, found in known.items() if arm not in broken}
-    if not known:
-        return f"{name}: diverged: {', '.join(map(label, broken))}." if broken else ""
-    common = set.intersection(*map(set, known.values()))
+    common = set.intersection(*map(set, known.values())) if known else set()
     if common:
         known = {arm: {key: found[key] for key in sorted(common)} for arm, found in known.items()}
     order = sorted(known, key=lambda arm: statistics.fmean(known[arm].values()))
-    most = max(shares.get(arm) or 0.0 for arm in order)
-    gaps = []
+    most = max((shares.get(arm) or 0.0 for arm in order), default=0.0)
+    format = {arm: label(arm.removesuffix("-plain")) for arm in arms}
+    gaps, sides = [], []
     for arm in order:
         share = shares.get(arm)
-        less = f" (with {share:.1%} of the FLOPs in FP4)" if share and share < most else ""
-        gaps.append(f"{label(arm)} {percent(statistics.fmean(known[arm].values()))}{less}")
-    sides = {"below": f"Below {BAR:.0%}", "above": f"Above {BAR:.0%}"}
-    answers: dict[str, list[str]] = {word: [] for word in (*sides.values(), "Resolved", OPEN, "Diverged")}
-    for arm in order:
+        less = f" ({share:.1%} of the FLOPs in FP4)" if share and share < most else ""
+        gaps.append(f"{format[arm]} {percent(statistics.fmean(known[arm].values()))}{less}")
         side = verdict([error - BAR for error in known[arm].values()])
-        if side in sides:
-            answers[sides[side]].append(label(arm))
+        sides += [f"{format[arm]} {side}"] if side != "unresolved" else []
+    gaps += [f"{format[arm]} diverged" for arm in broken]
+    pairs: dict[bool, list[str]] = {True: [], False: []}
     for low, high in combinations(order, 2):
-        sure = verdict(paired(known[low], known[high])) == "below"
-        answers["Resolved" if sure else OPEN].append(f"{label(low)} < {label(high)}")
-    answers["Diverged"] = list(map(label, broken))
-    parts = "".join(f" {word}: {', '.join(what)}." for word, what in answers.items() if what)
-    few = min(len(found) for found in known.values())
-    note = f" Fewer than {SEEDS} pairs carry no claim." if few < SEEDS else ""
-    return f"{name}: mean gap to BF16 {', '.join(gaps)}.{parts}{note}"
-
-
-def _ingredients(name: str, errors: Callable[[str], Errors], text: Callable[[float], str]) -> str:
-    """Which stabilisers help or hurt, with the mean difference as `text` puts it, and how many cannot be told."""
-    answers: dict[str, list[str]] = {}
-    for format, ingredient, without, given in ablated(errors):
-        pairs = paired(given, without)
-        what = f"{label(format)}, {ingredient} ({text(mean_and_spread(pairs)[0])})"
-        answers.setdefault(effect(pairs), []).append(what)
-    parts = [f"{word} – {'; '.join(answers[word])}" for word in ("helps", "hurts") if word in answers]
-    parts += [f"{word} – {len(answers[word])}" for word in ("no effect", "unresolved") if word in answers]
-    return f"{name} (all in the table): {'. '.join(parts)}." if parts else ""
-
-
-def _cosine(error: float) -> str:
-    """A difference of 1 - cosine as one of the cosine."""
-    return f"{round(-error, 4) + 0.0:+.4f}"
+        pairs[verdict(paired(known[low], known[high])) == "below"].append(f"{format[low]} < {format[high]}")
+    few = known and min(len(found) for found in known.values()) < SEEDS
+    resolved = [f"fewer than {SEEDS} pairs carry no claim"] if few else pairs[True]
+    return [", ".join(cell) or "–" for cell in (gaps, sides, resolved, pairs[False])] if gaps else []
 
 
 def _trend(study: Study, model: str) -> str:
-    """Whether the gaps have settled."""
-    parts = []
+    """Which gaps have not settled, by the rule."""
+    changes: dict[str, list[str]] = {"above": [], "below": []}
     for arm in (*MAIN[1:], *PLAIN):
-        earlier, last = (study.errors(model, arm, partial(tenth_loss, last=last)) for last in (2, 1))
-        if last and all(map(math.isfinite, (*earlier.values(), *last.values()))):
-            text = " → ".join(percent(statistics.fmean(errors.values())) for errors in (earlier, last))
-            parts.append(f"{label(arm)} {text}")
-    return f"Gap in the last tenth of the steps but one and in the last: {', '.join(parts)}." if parts else ""
+        earlier, last = (study.errors(model, arm, partial(tenth_loss, last=number)) for number in (2, 1))
+        changes.setdefault(verdict(paired(last, earlier)), []).append(label(arm))
+    parts = {"still growing": changes["above"], "still shrinking": changes["below"]}
+    said = "; ".join(f"{word}: {', '.join(arms)}" for word, arms in parts.items() if arms)
+    return f"Gaps in the last tenth of the steps against the tenth before, by the same rule: {said}." if said else ""
 
 
 def _seeds(study: Study, model: str) -> str:
     """How far BF16 runs of other seeds lie apart, and what pairs can tell."""
     base = study.runs.get((model, "bf16"), {})
     losses = [final_loss(run) for run in base.values()]
-    spreads = [mean_and_spread(study.errors(model, arm).values())[1] for arm in study.arms(model) if arm != "bf16"]
+    spreads = [
+        mean_and_spread(study.errors(model, arm).values())[1] for arm in whole(study.arms(model)) if arm != "bf16"
+    ]
     spreads = [spread for spread in spreads if math.isfinite(spread)]
     if len(losses) < 2 or not spreads:
         return ""
@@ -141,6 +104,17 @@ def _share(shares: Mapping[str, float | None]) -> str:
     below = [label(arm) for arm, share in known.items() if share < SHARE]
     answer = f"below {SHARE:.0%}: {', '.join(below)}" if below else f"all at or above {SHARE:.0%}"
     return f"FP4's share of the FLOPs of all GEMMs, forward and backward, output head included: {each} ({answer})."
+
+
+def _devices(study: Study, model: str) -> str:
+    """Which gaps hold a difference between machines too."""
+    mixed: dict[str, list[str]] = {}
+    for arm, seed in study.mixed_pairs(model):
+        mixed.setdefault(arm, []).append(str(seed))
+    parts = "; ".join(f"{label(arm)} seed {', '.join(seeds)}" for arm, seeds in mixed.items())
+    return (
+        f"Made on another machine than the BF16 run of their pair, which their gaps hold too: {parts}." if parts else ""
+    )
 
 
 def _bounds(study: Study, model: str) -> str:

@@ -30,6 +30,13 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def make_deterministic() -> None:
+    """Ask for kernels without atomic additions, whose order is another each time: threads of a CPU make them too, for
+    the gradient of an embedding."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
 def pick_device(name: str) -> torch.device:
     """The device that --device names."""
     if name == "auto":

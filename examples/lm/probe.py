@@ -64,9 +64,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, int]:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine between two gradients; NaN where one is zero."""
+    """Cosine between two gradients; 0 where one vanished, which tells no direction."""
     a, b = a.double().flatten(), b.double().flatten()
-    return ((a @ b) / (a.norm() * b.norm())).item()
+    norms = a.norm() * b.norm()
+    return 0.0 if norms == 0 else ((a @ b) / norms).item()
 
 
 def gradients(

@@ -6,39 +6,35 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from fp4compile.recipe import RECIPES
-from lm.arms import MAIN, PLAIN, label, stabilisers
-from lm.claims import (
-    Claim,
-    Errors,
-    Result,
-    Study,
-    claims,
-    final_loss,
-    held_out_loss,
-    mean_and_spread,
-    percent,
-    probe_batches,
-    verdict,
-)
+from lm.arms import MAIN, PLAIN, TWINS, label, stabilisers
+from lm.claims import Claim, claims, mean_and_spread, percent, verdict
+from lm.results import Errors, Result, Study, final_loss, held_out_loss, probe_batches, tenth_loss
 
 Table = list[list[str]]
 SHOWN = 5e-5  # what tables round to zero: two graphs of one arithmetic differ by fp32's rounding
 WORDS = {"below": "helps", "above": "hurts", "unresolved": "unresolved"}
 
 # What an ablation asks -> suffixes of the two arms that it compares: without, with.
-WHOLE = "the recipe's"
+WHOLE = "all of the recipe"
 ABLATIONS = {
     WHOLE: ("-plain", ""),
     "Hadamard transform": ("-plain", "-plain+rht"),
     "stochastic rounding": ("-plain", "-plain+sr"),
-    "both": ("-plain", "-plain+rht+sr"),
-    "truncation-free scales, nearest": ("-plain", "-plain+tf"),
-    "truncation-free scales, under both": ("-plain+rht+sr", "-plain+rht+sr+tf"),
+    "both of these": ("-plain", "-plain+rht+sr"),
+    "truncation-free scales": ("-plain", "-plain+tf"),
+    "truncation-free scales, added to both": ("-plain+rht+sr", "-plain+rht+sr+tf"),
     "2-D blocks of the weights": ("-plain", "-plain+2d"),
+    "no tensor scale": ("-plain", "-plain+nopts"),
     "BF16 for the last 10% of the steps": ("", "@0.9"),
 }
+
+
+def whole(arms: Iterable[str]) -> list[str]:
+    """Arms without the ablations, which have tables of their own."""
+    return [arm for arm in arms if "+" not in arm and "@" not in arm]
 
 
 def with_spread(errors: Errors) -> str:
@@ -81,10 +77,20 @@ def claims_table(study: Study, model: str) -> Table:
 
 
 def loss_table(study: Study, model: str) -> Table:
-    """A row per arm: losses, their gaps to BF16, what is in FP4, how fast it went."""
-    head = ["precision", "seeds", "train loss", "gap", "held-out loss", "held-out gap", "FLOPs in FP4", "tokens/s"]
+    """A row per arm but the ablations: losses, their gaps to BF16, what is in FP4, how fast it went."""
+    head = [
+        "precision",
+        "seeds",
+        "train loss",
+        "gap",
+        "a tenth of the steps before",
+        "held-out loss",
+        "held-out gap",
+        "FLOPs in FP4",
+        "tokens/s",
+    ]
     rows = [head]
-    for arm in study.arms(model):
+    for arm in whole(study.arms(model)):
         runs = list(study.runs[model, arm].values())
         report = runs[0]["report"]
         base = arm == "bf16"
@@ -94,6 +100,7 @@ def loss_table(study: Study, model: str) -> Table:
                 str(len(runs)),
                 _loss(map(final_loss, runs)),
                 "–" if base else with_spread(study.errors(model, arm)),
+                "–" if base else with_spread(study.errors(model, arm, partial(tenth_loss, last=2))),
                 _loss(map(held_out_loss, runs)),
                 "–" if base else with_spread(study.errors(model, arm, held_out_loss)),
                 f"{report['fp4_share']:.1%}" if report else "–",
@@ -105,7 +112,7 @@ def loss_table(study: Study, model: str) -> Table:
 
 def seed_table(study: Study, model: str) -> Table:
     """A row per arm: the gap in training loss of each seed; BF16's loss in the first row."""
-    arms = study.arms(model)
+    arms = whole(study.arms(model))
     seeds = sorted({seed for arm in arms for seed in study.runs[model, arm]})
     rows = [["gap in training loss", *(f"seed {seed}" for seed in seeds)]]
     for arm in arms:
@@ -118,14 +125,38 @@ def seed_table(study: Study, model: str) -> Table:
     return rows
 
 
-def ablation_table(study: Study, model: str) -> Table:
-    """A row per format and ingredient: the gap without and with it, and whether the difference is resolved."""
-    rows = [["format", "ingredient", "gap without", "gap with", "with − without", "verdict"]]
+def effect_table(study: Study, model: str) -> Table:
+    """A row per ingredient, a column per format: what it does to the gap in training loss."""
+    cells: dict[str, dict[str, str]] = {}
     for format, name, without, given in ablated(lambda arm: study.errors(model, arm)):
         pairs = paired(given, without)
-        cells = [with_spread(without), with_spread(given), with_spread(dict(enumerate(pairs))), effect(pairs)]
-        rows.append([label(format), name, *cells])
+        word, (mean, _) = effect(pairs), mean_and_spread(pairs)
+        cells.setdefault(name, {})[format] = f"{word}, {percent(mean)}" if math.isfinite(mean) else word
+    rows = [["ingredient", *map(label, MAIN[1:])]]
+    for name in ABLATIONS:
+        if name in cells:
+            rows.append([name, *(cells[name].get(format, "–") for format in MAIN[1:])])
     return rows
+
+
+def ablation_table(study: Study, model: str) -> Table:
+    """A row per format and ingredient: the gap without and with it, and whether the difference is resolved."""
+    rows = [["format", "ingredient", "gap without", "gap with", "with − without", "verdict", "held out", "verdict"]]
+    held_out = {
+        (format, name): paired(given, without)
+        for format, name, without, given in ablated(lambda arm: study.errors(model, arm, held_out_loss))
+    }
+    for format, name, without, given in ablated(lambda arm: study.errors(model, arm)):
+        cells = [with_spread(without), with_spread(given)]
+        for pairs in (paired(given, without), held_out[format, name]):
+            cells += [with_spread(dict(enumerate(pairs))), effect(pairs)]
+        rows.append([label(format), in_words(format, name), *cells])
+    return rows
+
+
+def in_words(format: str, ingredient: str) -> str:
+    """An ingredient, or what the format's own recipe consists of."""
+    return f"all of the recipe: {stabilisers(RECIPES.get(format))}" if ingredient == WHOLE else ingredient
 
 
 def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Errors]]:
@@ -133,12 +164,12 @@ def ablated(errors: Callable[[str], Errors]) -> list[tuple[str, str, Errors, Err
     found = []
     for format in MAIN[1:]:
         for name, suffixes in ABLATIONS.items():
-            without, given = (errors(format + suffix) for suffix in suffixes)
+            arms = [format + suffix for suffix in suffixes]
+            without, given = (errors(arm) or errors(TWINS.get(arm, arm)) for arm in arms)
             both = sorted(without.keys() & given.keys())
             if both:
                 pairs = ({seed: errors[seed] for seed in both} for errors in (without, given))
-                what = f"{name} {stabilisers(RECIPES.get(format))}" if name == WHOLE else name
-                found.append((format, what, *pairs))
+                found.append((format, name, *pairs))
     return found
 
 
@@ -149,6 +180,8 @@ def paired(ours: Errors, theirs: Errors) -> list[float]:
 
 def effect(differences: Sequence[float]) -> str:
     """Whether an ingredient that changes errors so helps, by the rule for claims."""
+    if not all(map(math.isfinite, differences)):
+        return "diverged"
     return "no effect" if all(abs(value) < SHOWN for value in differences) else WORDS[verdict(differences)]
 
 
@@ -189,9 +222,7 @@ def probe_table(study: Study, model: str) -> Table:
     results = study.probes[model]
     head = ["precision", "checkpoints", "gap", "spread over batches", "gradient cosine", "of the mean gradient"]
     rows = [[*head, "lowest place"]]
-    for arm in probed(results):
-        if "+" in arm:
-            continue  # of the ablations' table
+    for arm in whole(probed(results)):
         errors = study.probe_errors(model, arm)
         batches = [mean_and_spread(probe_batches(results[seed], arm))[1] for seed in errors]
         places = {name: value for name, value in place_means(results, arm).items() if name != "weights"}
@@ -225,7 +256,11 @@ def probe_ablation_table(study: Study, model: str) -> Table:
     ]
     columns = [
         [
-            (label(format), name, f"{text(without)} → {text(given)}: {effect(paired(given, without))}")
+            (
+                label(format),
+                in_words(format, name),
+                f"{text(without)} → {text(given)}: {effect(paired(given, without))}",
+            )
             for format, name, without, given in ablated(errors)
         ]
         for errors, text in measures

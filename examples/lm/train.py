@@ -161,12 +161,6 @@ def _same(path: Path, made: str, settings: Settings) -> None:
         raise BadInput(f"{path} was made with other settings ({', '.join(changed)}); use another --out, or remove it")
 
 
-def make_deterministic() -> None:
-    """Ask for kernels whose results do not depend on the order of atomic additions."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
 def forward(compiled: Callable[..., Tensor], window: Tensor, settings: Settings) -> Tensor:
     """Loss of windows [batch, sequence + 1]: fp32 weights, the arithmetic that the settings name.
 
@@ -215,7 +209,7 @@ class Trainer:
                 sites = {status: report.count(status) for status in ("fp4", "kept", "refused")}
                 reasons = sorted({site.reason for site in report.sites if site.reason})
                 self.report = {"fp4_share": report.fp4_share, "gemms": sites, "reasons": reasons, "notes": report.notes}
-        self.model.zero_grad()
+            self.model.zero_grad()  # under CUDA graphs gradients lie where the next precision's graphs write
         synchronise(self.device)
         return time.perf_counter() - started
 
@@ -289,6 +283,12 @@ class _Run:
         done = self.load(trunk)
         if done != self.first:
             raise BadInput(f"{trunk.state}: {done} of {self.first} steps; train the bf16 arm with this --branch first")
+        shared = self.losses[:done].tolist()
+        for path in sorted(trunk.folder.glob(f"{self.settings.model}-*-s{self.seed}.json")):
+            if json.loads(path.read_text())["losses"][:done] != shared:
+                raise BadInput(
+                    f"{path} branched off another trunk than {trunk.state}; use another --out, or remove one"
+                )
         self.seconds = 0.0
         return done
 

@@ -188,6 +188,23 @@ def test_the_report_counts_the_exact_path(monkeypatch: pytest.MonkeyPatch) -> No
     assert BACKEND.runtime_notes(["triton/fake_quantize", "inductor/aten.mm"]) == []
 
 
+@pytest.mark.parametrize(("rounding", "launched"), [("nearest", [{0, 1}]), ("stochastic", [{0}, {1}])])
+def test_random_axes_are_launched_one_by_one(rounding: str, launched: list[set[int]]) -> None:
+    given = {
+        "x": meta(256, 512),
+        "format": "mxfp4",
+        "rounding": ["nearest", rounding],
+        "scale_rule": ["rceil"] * 2,
+        "stream": [1, 2],
+        "hadamard": [32, 0],
+        "seed": meta(dtype=torch.int64),
+    }
+    (window, at), *quantizing = rowwise.plan_quantize_rowwise_both(**arguments("quantize_rowwise_both", given))[0]
+    assert window.kernel == "window"
+    assert at["scale0_ptr"] is not None and at["scale1_ptr"] is not None
+    assert [{axis for axis in (0, 1) if at[f"values{axis}_ptr"] is not None} for _, at in quantizing] == launched
+
+
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import codec, decode, generate, timing, train
+from benchmarks.gpu import accumulate, codec, decode, generate, timing, train
 from benchmarks.gpu import sheet as sheets
 from benchmarks.gpu.llama import Llama, Shape, Stack, made, rotation
 from benchmarks.gpu.options import RECIPES, Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet
 from fp4compile.packed import PackedLinear
+from fp4compile.weight_cache import WeightCache
 
 OF = {"device": "Some Device (TM) 80GB", "torch": "2.11", "triton": "3.6"}
 TINY = Shape(dim=64, hidden=128, heads=4, kv_heads=2, layers=3, vocabulary=40)
@@ -49,7 +50,7 @@ def graphed(runs: Sequence[Run], calls: int, pool: object = None) -> Run:
 @pytest.fixture
 def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace what only a CUDA device can do."""
-    for module in (codec, decode, generate, train, timing):
+    for module in (accumulate, codec, decode, generate, train, timing):
         for name, stand_in in (("turns", turns), ("graphed", graphed)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
@@ -193,7 +194,7 @@ def test_what_fails_or_is_slow_is_named_and_the_rest_is_timed(clockless: None, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["codecs"], "no section codecs; there are codec, decode, train, generate"),
+        (["codecs"], "no section codecs; there are codec, decode, train, accumulate, generate"),
         (["train", "--variants", "hif4,hif5"], "hif5: the recipes are"),
         (["--rounds", "0"], "0 is less than 1"),
         ([], "torch sees no CUDA device"),
@@ -499,10 +500,10 @@ def test_train(clockless: None, options: Options, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(train, "versions", lambda: OF)
     compiled = train.compiled
 
-    def breaks(model: Stack, name: str) -> Callable[..., Tensor]:
+    def breaks(model: Stack, name: str, **others: Any) -> Callable[..., Tensor]:
         if name == "mxfp4":
             raise RuntimeError("cannot be compiled")
-        return compiled(model, name)
+        return compiled(model, name, **others)
 
     monkeypatch.setattr(train, "compiled", breaks)
     sheet = train.run(Options(2, 1.0, options.out, ("hif4-plain", "mxfp4", "hif4"), profile=True, device="cpu"))
@@ -519,13 +520,30 @@ def test_train(clockless: None, options: Options, monkeypatch: pytest.MonkeyPatc
     assert kernels_file[0] == {"variant": "bf16", "class": "GEMM", "us": "3000.0", "kernel": "nvjet"}
 
 
+@pytest.mark.slow
+def test_accumulate(clockless: None, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(dim=64, hidden=128, heads=4, kv_heads=4, layers=2, vocabulary=8)
+    monkeypatch.setattr(accumulate, "SHAPE", shape)
+    monkeypatch.setattr(accumulate, "SEQUENCE", 16)
+    monkeypatch.setattr(accumulate, "peak_of", lambda step: step() or 10**9)
+    quantised: list[int] = []
+    make = WeightCache._make
+    monkeypatch.setattr(WeightCache, "_make", lambda *args: quantised.append(1) or make(*args))
+    sheet = accumulate.run(Options(2, 1.0, options.out, ("hif4-plain",), device="cpu"))
+    rows = {row.case: row.ratio for row in sheet.rows}
+    assert rows["bf16, 8 micro-batches"] == 1.0 and rows["hif4-plain, 4 micro-batches"] == pytest.approx(5 / 2)
+    assert rows["hif4-plain cached, 1 micro-batches"] == pytest.approx(7.0) and not sheet.failed
+    # 7 layers, 2 blocks, once a step: the first one, three for memory, three for time.
+    assert len(quantised) == 14 * 7
+
+
 # --- on a GPU, nothing replaced --------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("section", [codec, decode, generate, train])
+@pytest.mark.parametrize("section", [accumulate, codec, decode, generate, train])
 def test_a_section_on_a_gpu(section: Any, small_layers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(dim=256, hidden=512, heads=4, kv_heads=4, layers=2, vocabulary=64)
     small = {"SIZE": 256, "SHAPE": shape, "SEQUENCE": 64, "PROMPT": 32, "TOKENS": 32, "PEERS": {}}

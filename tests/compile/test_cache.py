@@ -93,6 +93,7 @@ def test_everything_that_decides_the_graph_is_in_the_key() -> None:
     ]
     keys = [_key(recipe) for recipe in recipes]
     keys += [_key(recipes[0], keep=["a"]), _key(recipes[0], strict=False), _key(recipes[0], "inductor")]
+    keys.append(_key(recipes[0], "inductor", cache_weights=True))
     assert len(set(keys)) == len(keys)
     assert _key(recipes[0]) == keys[0]
 

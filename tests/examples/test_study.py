@@ -22,11 +22,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tokenizers")
 
 import study
-from lm import claims, commands, corpus, figures, report, tables
-from lm.arms import PLANS, PROBED, make_arm, stabilisers
-from lm.findings import findings
+from lm import claims, commands, corpus, figures, report, results, tables
+from lm.arms import PLANS, PROBED, TWINS, make_arm, stabilisers
+from lm.findings import findings, order_table
 from lm.machine import BadInput
 from lm.model import Shape
+from lm.probe import cosine
 from lm.train import Settings, Trainer, files_of_run, files_of_trunk, steps_done
 
 from fp4compile.errors import FP4ValueError
@@ -63,7 +64,7 @@ def text(tmp_path: Path) -> Path:
 # --- arms ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "preset"), [("hif4-plain+rht", "hif4"), ("mxfp4-plain+rht+sr+tf", "mxfp4")])
+@pytest.mark.parametrize(("name", "preset"), TWINS.items())
 def test_ingredients_added_to_a_plain_recipe_make_the_recommended_one(name: str, preset: str) -> None:
     arm = make_arm(name)
     assert arm.recipe is not None and arm.name == arm.recipe.name == name
@@ -76,6 +77,12 @@ def test_an_ingredient_changes_what_it_names_and_nothing_else() -> None:
         assert after.grad == (before.grad and replace(before.grad, rounding="stochastic"))
         assert (after.input, after.weight) == (before.input, before.weight)
     assert [rule.weight and rule.weight.block_2d for rule in flat.rules] == [True, True, None]
+
+
+def test_a_format_does_without_its_tensor_scale() -> None:
+    bare = make_arm("nvfp4-plain+nopts").recipe
+    assert {spec.scaled_per_tensor for spec in RECIPES.get("nvfp4-plain").operands} == {True}
+    assert {spec.scaled_per_tensor for spec in bare.operands} == {False}
 
 
 def test_every_arm_of_every_plan_can_be_made() -> None:
@@ -108,6 +115,7 @@ def test_a_switch_ends_fp4() -> None:
     ("name", "message"),
     [
         ("hif5", "unknown recipe 'hif5'"),
+        ("hif4-plain+nopts", "hif4 has no tensor scale to go without"),
         ("hif4-plain+rhd", "unknown ingredient 'rhd' of hif4-plain; there are rht, sr, tf, 2d"),
         ("hif4:fprop", "unknown GEMM 'fprop' of hif4; there are forward, dgrad, wgrad"),
         ("hif4@late", "a fraction of the steps"),
@@ -183,6 +191,19 @@ def trained(arm: str, folder: Path, stops: tuple[int, ...] = (), settings: Setti
     return json.loads(files.result.read_text())
 
 
+def test_no_gradient_lives_on_from_one_precision_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def forward(compiled: Any, window: torch.Tensor, _: Settings) -> torch.Tensor:
+        model = compiled._orig_mod  # under CUDA graphs the next graph writes where a gradient lies
+        seen.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return model(window[:, :-1], window[:, 1:])
+
+    monkeypatch.setattr("lm.train.forward", forward)
+    Trainer(make_arm("mxfp4@0.5"), SETTINGS, made_corpus(), {})
+    assert seen == [False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["bf16", "mxfp4", "mxfp4@0.5"])
 def test_a_run_goes_on_bit_for_bit(arm: str, tmp_path: Path) -> None:
@@ -215,6 +236,10 @@ def test_arms_branch_off_one_trunk(tmp_path: Path) -> None:
     ours, theirs = (json.loads((tmp_path / f"dense-{arm}-s5.json").read_text())["losses"] for arm in ("bf16", "mxfp4"))
     assert ours == whole  # a branch of its own trunk is the run from scratch
     assert theirs[:3] == whole[:3] and theirs[3:] != whole[3:]
+    result_ = tmp_path / "dense-bf16-s5.json"  # of a trunk that was made elsewhere, say
+    result_.write_text(json.dumps(json.loads(result_.read_text()) | {"losses": [9.0, *ours[1:]]}))
+    with pytest.raises(BadInput, match=r"dense-bf16-s5\.json branched off another trunk"):
+        go(second, trunk)
     assert theirs[3] == pytest.approx(whole[3], rel=1e-3)  # same weights, same batch
 
 
@@ -332,7 +357,7 @@ def test_a_killed_command_goes_on(text: Path, tmp_path: Path) -> None:
 
 
 def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) -> dict[str, Any]:
-    """A result of 20 steps that end at `loss`."""
+    """A result of 20 steps that end at `loss`; the first half is its trunk's."""
     made = {
         "kind": "train",
         "model": model,
@@ -348,7 +373,7 @@ def result(arm: str, seed: int, loss: float, model: str = "dense", **more: Any) 
         "tokens_per_second": 1000.0,
         "diverged": False,
         "held_out_loss": loss + 0.1,
-        "losses": [loss + 1.0] * 18 + [loss - 0.5, loss + 0.5],
+        "losses": [9.0 - seed] * 10 + [loss + 1.0] * 8 + [loss - 0.5, loss + 0.5],
     }
     return made | more
 
@@ -364,15 +389,15 @@ def probe_result(seed: int, losses: dict[str, float]) -> dict[str, Any]:
         }
         for arm, error in losses.items()
     }
-    return result("", seed, 0.0) | {"kind": "probe", "arms": rows}
+    return result("", seed, 0.0) | {"kind": "probe", "command": "probe", "arms": rows}
 
 
-def write_results(folder: Path, results: list[dict[str, Any]]) -> claims.Study:
+def write_results(folder: Path, all_made: list[dict[str, Any]]) -> results.Study:
     folder.mkdir(exist_ok=True)
-    for index, made in enumerate(results):
+    for index, made in enumerate(all_made):
         (folder / f"{index}.json").write_text(json.dumps(made))
     (folder / "tokenizer-0.json").write_text('{"model": {}}')
-    return claims.read_study(folder)
+    return results.read_study(folder)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +427,7 @@ def test_errors_are_relative_and_paired_by_seed(tmp_path: Path) -> None:
     runs = [result("bf16", 0, 2.0), result("bf16", 1, 4.0), result("hif4", 0, 2.1), result("hif4", 1, 4.1)]
     study_ = write_results(tmp_path, [*runs, result("hif4", 2, 9.0)])  # seed 2 has no BF16
     assert study_.errors("dense", "hif4") == pytest.approx({0: 0.05, 1: 0.025})
-    assert study_.errors("dense", "hif4", claims.held_out_loss) == pytest.approx({0: 0.1 / 2.1, 1: 0.1 / 4.1})
+    assert study_.errors("dense", "hif4", results.held_out_loss) == pytest.approx({0: 0.1 / 2.1, 1: 0.1 / 4.1})
 
 
 def test_claims_say_what_the_data_say(tmp_path: Path) -> None:
@@ -429,20 +454,26 @@ def test_findings_say_what_the_data_say(tmp_path: Path) -> None:
         for seed in range(4):
             runs.append(result(arm, seed, (3.0 + seed / 100) * (1 + gap + noise[(seed + index) % 4])))
     runs += [probe_result(seed, {"hif4-plain": 0.004, "hif4": 0.002 + noise[seed]}) for seed in range(4)]
-    text = "\n".join(findings(write_results(tmp_path, runs), "dense"))
-    assert "Training loss: mean gap to BF16 HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%." in text
-    assert "Resolved: HiF4 < MXFP4, NVFP4 < MXFP4. Unresolved at this scale: HiF4 < NVFP4." in text
-    assert "Below 1%: HiF4, NVFP4. Above 1%: MXFP4." in text
-    assert (
-        "what stabilisers do to the gap (all in the table): helps – HiF4, the recipe's Hadamard transform (-0.20%)."
-        in text
-    )
-    assert (
-        "cosine of the mean gradient (all in the table): helps – HiF4, the recipe's Hadamard transform (+0.0020)."
-        in text
-    )
-    assert "cosine of one batch's gradient (all in the table): no effect – 1." in text
-    assert "last tenth of the steps but one and in the last: HiF4 +0.30% → +0.40%" in text
+    made = write_results(tmp_path, runs)
+    text, (_, *orders) = "\n".join(findings(made, "dense")), order_table(made, "dense")
+    assert orders[0] == [
+        *("training loss", "recipes"),
+        "HiF4 +0.40%, NVFP4 +0.41%, MXFP4 +2.00%",
+        "HiF4 below, NVFP4 below, MXFP4 above",
+        "HiF4 < MXFP4, NVFP4 < MXFP4",
+        "HiF4 < NVFP4",
+    ]
+    plain = [row[:3] for row in orders if row[1] == "plain formats"]
+    assert plain[0] == ["training loss", "plain formats", "HiF4 +0.60%"]
+    assert tables.effect_table(made, "dense")[1:] == [
+        [name, "helps, -0.20%", "–", "–"] for name in ("all of the recipe", "Hadamard transform")
+    ]
+    probed, _ = tables.probe_ablation_table(made, "dense")[1:]
+    assert probed[1:3] == ["all of the recipe: Hadamard transform", "+0.40% → +0.20%: helps"]
+    assert probed[3].endswith(": no effect") and probed[4] == "0.9460 → 0.9480: helps"
+    earlier = {row[0]: row[4] for row in tables.loss_table(made, "dense")}
+    assert earlier["HiF4"] == "+0.30% ± 0.01%"
+    assert "tenth before, by the same rule: still growing: HiF4, MXFP4, NVFP4, HiF4-plain." in text
     assert "final losses of 4 seeds lie 1.00% apart" in text
     assert "MXFP4 90.0%, NVFP4 90.0%, HiF4-plain 90.0% (all at or above 90%)" in text
     assert "1.0 M parameters" in text and "Every arm begins with 50% of the steps in BF16" in text
@@ -461,7 +492,7 @@ def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Pat
     assert ["training loss", f"HiF4's gap is below NVFP4's{note}", "4 seeds"] in rows
     assert ["training loss", "HiF4-plain's gap is below NVFP4-plain's", "4 seeds"] in rows
     assert ["frozen probe", f"HiF4's gap is below NVFP4's{note}", "2 batches"] in rows
-    assert "NVFP4 +2.00% (with 75.0% of the FLOPs in FP4)" in findings(made, "dense")[0]
+    assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][2]
 
 
 def test_stabilisers_in_words() -> None:
@@ -475,12 +506,14 @@ def test_stabilisers_in_words() -> None:
 
 
 def test_what_was_not_trained_is_not_said(tmp_path: Path) -> None:
-    text = findings(write_results(tmp_path, [probe_result(0, {"hif4": 0.01})]), "dense")
-    assert len(text) == 3 and text[2].startswith("Nothing was trained")
-    assert all("Fewer than 4 pairs carry no claim." in sentence for sentence in text[:2])
-    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
-    text = findings(write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken]), "dense")
-    assert text[0] == "Training loss: diverged: HiF4."
+    made = write_results(tmp_path, [probe_result(0, {"hif4": 0.01})])
+    (text,) = findings(made, "dense")
+    assert text.startswith("Nothing was trained")
+    assert [row[4] for row in order_table(made, "dense")[1:]] == ["fewer than 4 pairs carry no claim"] * 2
+    broken = result("hif4", 0, 3.0) | {"diverged": True, "held_out_loss": None, "losses": [9.0] * 10 + [None]}
+    made = write_results(tmp_path / "broken", [result("bf16", 0, 3.0), broken, result("hif4-plain", 0, 3.1)])
+    assert order_table(made, "dense")[1] == ["training loss", "recipes", "HiF4 diverged", "–", "–", "–"]
+    assert tables.effect_table(made, "dense")[1][:2] == ["all of the recipe", "diverged"]
 
 
 def test_probes_of_many_files_are_one(tmp_path: Path) -> None:
@@ -503,7 +536,7 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "results",
+    "all_made",
     [
         [result("hif4-plain+sr", 0, 2.0)],
         [probe_result(0, {"hif4-plain": 0.01, "hif4-plain:wgrad": 0.0})],
@@ -511,8 +544,8 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
     ],
     ids=["ablations alone", "plain formats alone", "one role alone"],
 )
-def test_a_report_of_what_no_figure_shows(results: list[dict[str, Any]], tmp_path: Path) -> None:
-    made = write_results(tmp_path / "results", results)
+def test_a_report_of_what_no_figure_shows(all_made: list[dict[str, Any]], tmp_path: Path) -> None:
+    made = write_results(tmp_path / "results", all_made)
     assert {path.name for path in report.write_report(made, tmp_path)} == {"report.md", "report.html"}
 
 
@@ -525,7 +558,7 @@ def test_percent(value: float, text: str) -> None:
 
 def test_a_diverged_arm_carries_no_claim(tmp_path: Path) -> None:
     runs = [result(arm, seed, 3.0) for arm in ("bf16", "hif4", "mxfp4") for seed in range(4)]
-    runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [3.0, None]}
+    runs[5] |= {"diverged": True, "held_out_loss": None, "losses": [*runs[5]["losses"][:11], None]}
     made = write_results(tmp_path, runs)
     assert "no: an arm diverged" in {claim.answer for claim in tables.all_claims(made, "dense")}
     (row,) = [row for row in tables.loss_table(made, "dense") if row[0] == "HiF4"]
@@ -546,7 +579,80 @@ def test_results_of_different_settings_are_not_compared(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "dense-hif4-s0.json").write_text('{"kind": "train", "mod')
     with pytest.raises(BadInput, match=r"dense-hif4-s0\.json is no whole JSON file"):
-        claims.read_study(tmp_path)
+        results.read_study(tmp_path)
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    whole = [result("bf16", 0, 2.0), probe_result(0, {"hif4": 0.01})]
+    for made, lost, message in (
+        (whole[0], "text", "text.source, text.train_tokens, text.bytes_per_token missing"),
+        (whole[0], "report", "report missing"),
+        (whole[1], "arms", "arms missing"),
+        (whole[1], "settings", "settings.dtype"),
+    ):
+        (tmp_path / "0.json").write_text(json.dumps({key: value for key, value in made.items() if key != lost}))
+        with pytest.raises(BadInput, match=rf"0\.json is no result of study\.py: .*{re.escape(message)}"):
+            results.read_study(tmp_path)
+    for broken in (whole[0] | {"losses": [3.0]}, whole[1] | {"arms": {"hif4": {}}}):
+        (tmp_path / "0.json").write_text(json.dumps(broken))
+        with pytest.raises(BadInput, match="losses"):
+            results.read_study(tmp_path)
+
+
+def test_results_that_stand_for_one_thing_are_refused(tmp_path: Path) -> None:
+    twice = [result("hif4", 0, 2.0), result("hif4", 0, 2.1)]
+    with pytest.raises(BadInput, match=r"1\.json and .*0\.json are both of hif4, seed 0"):
+        write_results(tmp_path, twice)
+    with pytest.raises(BadInput, match="both of hif4, seed 0"):
+        write_results(tmp_path, [probe_result(0, {"hif4": 0.1, "mxfp4": 0.1}), probe_result(0, {"hif4": 0.1})])
+
+
+def test_arms_of_a_seed_share_their_trunk(tmp_path: Path) -> None:
+    other = result("hif4", 0, 2.0)
+    other["losses"][9] += 1e-6
+    with pytest.raises(BadInput, match="do not branch off one trunk"):
+        write_results(tmp_path, [result("bf16", 0, 2.0), other])
+    other["seed"] = 1
+    write_results(tmp_path, [result("bf16", 0, 2.0), other])
+
+
+def test_machines_are_said_and_pairs_of_two_of_them(tmp_path: Path) -> None:
+    runs = [result(arm, seed, 2.0) for arm in ("bf16", "hif4") for seed in (0, 1)]
+    (line,) = [line for line in report.conditions(write_results(tmp_path, runs), "dense") if line.startswith("Device")]
+    assert line == "Device: none, torch 2"
+    runs[3]["machine"] = {"device": "other", "torch": "2"}
+    made = write_results(tmp_path, [*runs, probe_result(1, {"hif4": 0.01})])
+    (line,) = [line for line in report.conditions(made, "dense") if line.startswith("Device")]
+    assert (
+        line
+        == "Device: none, torch 2 (training of seeds 0, 1; probe of seeds 1) and other, torch 2 (training of seeds 1)"
+    )
+    (said,) = [text for text in findings(made, "dense") if "another machine" in text]
+    assert said.endswith("their gaps hold too: HiF4 seed 1.")
+
+
+def test_what_a_recipe_is_by_another_name_is_read_from_it(tmp_path: Path) -> None:
+    gaps = {"bf16": 0.0, "hif4-plain": 0.02, "hif4": 0.01, "mxfp4-plain+rht+sr": 0.04, "mxfp4": 0.03}
+    runs = [result(arm, seed, 2.0 * (1 + gap)) for arm, gap in gaps.items() for seed in range(4)]
+    rows = tables.ablation_table(write_results(tmp_path, runs), "dense")
+    assert [(*row[:2], row[4], row[5]) for row in rows[1:]] == [
+        ("HiF4", "all of the recipe: Hadamard transform", "-1.00% ± 0.00%", "helps"),
+        ("HiF4", "Hadamard transform", "-1.00% ± 0.00%", "helps"),
+        ("MXFP4", "truncation-free scales, added to both", "-1.00% ± 0.00%", "helps"),
+    ]
+
+
+def test_a_gradient_that_vanished_has_no_direction() -> None:
+    one, none = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert cosine(one, one) == pytest.approx(1.0)
+    assert cosine(one, none) == cosine(none, one) == 0.0
+    assert math.isnan(cosine(one, one * math.nan))
+
+
+def test_ingredients_without_effect_are_drawn(tmp_path: Path) -> None:
+    made = write_results(tmp_path, [result(arm, 0, 2.0) for arm in ("bf16", "hif4-plain", "hif4")])
+    assert tables.effect_table(made, "dense")[1] == ["all of the recipe", "no effect, 0.00%", "–", "–"]
+    assert figures.effects_figure(made, "dense").startswith(PNG)
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -558,7 +664,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert ["block input", "0.9800", "0.9800"] in tables.kind_table(made, "dense")
     assert ["attention.q_proj", "0.6000", "0.6000"] in tables.kind_table(made, "dense")
     ablations = {tuple(row[:2]): row for row in tables.ablation_table(made, "dense")}
-    assert ablations["HiF4", "Hadamard transform"][2:] == [
+    assert ablations["HiF4", "Hadamard transform"][2:6] == [
         "+1.50% ± 0.00%",
         "+2.00% ± 0.00%",
         "+0.50% ± 0.00%",
@@ -569,14 +675,37 @@ def test_the_report(tmp_path: Path) -> None:
     out = tmp_path / "docs"
     report.write_report(made, out)
     files = {path.name for path in out.iterdir()}
-    assert files == {"report.md", "report.html", "curves-dense.png", "curves-moe.png", "probe-dense.png"}
+    assert files == {
+        *("report.md", "report.html"),
+        *("curves-dense.png", "effects-dense.png", "probe-dense.png", "curves-moe.png"),
+    }
     assert all((out / name).read_bytes().startswith(PNG) for name in files if name.endswith(".png"))
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert page.count('src="data:image/png;base64,') == 3 and "&lt;made up&gt;" in page and "http" not in page
-    assert "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text and "![curves-dense](curves-dense.png)" in text
-    shares = {row[0]: row[6] for row in tables.loss_table(made, "dense")}
-    assert (shares["BF16"], shares["HiF4"], shares["HiF4@0.9"]) == ("–", "90.0%", "90.0%")
-    assert "`train --arm hif4`" in text and "<code>train --arm hif4</code>" in page
+    assert "<th>gap in training loss</th><th class=n>seed 0</th>" in page and "<td class=n>+0.50%</td>" in page
+    assert page.count('src="data:image/png;base64,') == 4 and "&lt;made up&gt;" in page and "http" not in page
+    assert (
+        "| HiF4 | 2 | 2.0100 | +0.50% ± 0.00% |" in text
+        and "HiF4-plain+rht" not in text
+        and "![curves-dense](curves-dense.png)" in text
+    )
+    shares = {row[0]: row[7] for row in tables.loss_table(made, "dense")[1:]}
+    assert shares == {"BF16": "–", **dict.fromkeys(("HiF4", "MXFP4", "HiF4-plain", "MXFP4-plain"), "90.0%")}
+    assert "`train --arm ARM` with ARM = `bf16`, `hif4`, " in text and "<code>train --arm ARM</code> with" in page
+
+
+def test_commands_that_differ_in_arms_and_time_are_one_line() -> None:
+    made = results.Study()
+    made.commands = {
+        "study.py train --arm hif4 --seed 0 1 --minutes 2.5",
+        "study.py train --arm 'own recipe.toml' --seed 0 1 --minutes 1",
+        "study.py probe --arms hif4 nvfp4:wgrad --batches 2",
+        "study.py probe --batches 2",
+    }
+    assert report.commands(made) == [
+        "`study.py probe --arms ARM --batches 2` with ARM = `hif4 nvfp4:wgrad`",
+        "`study.py probe --batches 2`",
+        "`study.py train --arm ARM --seed 0 1` with ARM = `hif4`, `own recipe.toml`",
+    ]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -596,7 +725,9 @@ def test_the_report(tmp_path: Path) -> None:
         (["train", "--arm", "bf16", "--steps", "9999"], "4 epochs are the most"),
         (["train", "--arm", "bf16", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
         (["train", "--arm", "bf16", "--backend", "referense"], "unknown backend 'referense'"),
+        (["train", "--arm", "bf16", "--seed", "0", "1", "0"], "--seed 0 1 0 names a seed twice"),
         (["run", "--arms", "bf16", "hif5"], "unknown recipe 'hif5'"),
+        (["run", "--seeds", "3", "3"], "--seed 3 3 names a seed twice"),
         (["probe", "--arms", "bf16"], "takes neither bf16 nor a switch"),
         (["probe"], "no checkpoint of a bf16 arm there"),
         (["probe", "--checkpoint", "nowhere.safetensors"], "--checkpoint nowhere.safetensors"),
