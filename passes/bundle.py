@@ -151,9 +151,13 @@ def _members(consumers: Iterable[Node], survey: Survey) -> Iterator[tuple[Node, 
         try:
             check_only_quantised(root)
             reads = [read for node in nodes for read in _reads(node)]
-            yield root, reads, survey.produced(reads[0].x)
+            produced = survey.produced(reads[0].x)
         except Refused:
             continue
+        # The forward writes what the backward could not compute again.
+        moved = not is_backward(root) and any(map(is_backward, readers(root)))
+        if not (moved and survey.kept_longer(produced)):
+            yield root, reads, produced
 
 
 def _bundles(members: Iterable[tuple[Node, list[_Read], Produced]]) -> Iterator[dict[Node, list[_Read]]]:
@@ -196,9 +200,6 @@ def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) 
     if then >= now:
         raise Refused(f"{then} bytes an element are no less than {now}")
     _check_written(groups)
-    late = [node for _, produced in groups for node in survey.kept_longer(produced)]
-    if late and is_backward(groups[0][0][0].node):
-        raise Refused(f"the backward would have to keep {late[0]}")
     _check_order(groups)
     return _Plan(groups)
 

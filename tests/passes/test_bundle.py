@@ -134,6 +134,28 @@ def test_the_backward_keeps_no_more(recipe: str) -> None:
     assert saved(*every) <= saved(*(name for name in every if name != "bundle"))
 
 
+class Butterfly(nn.Module):
+    """A sum and a difference that the backward reads: it has no use for what they are made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.up, self.down = (nn.Linear(64, 64, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.one(x), self.other(x)
+        return self.up(a + b) + self.down(a - b)
+
+
+def test_what_the_backward_reads_is_written_and_not_computed_again() -> None:
+    found = captured(Butterfly(), randn(8, 64), "hif4-plain")
+    before, saved = found.execute(), _saved(found)
+    assert found.run("bundle") == 2
+    for node in found.calls("fake_quantize_each"):  # the gradients of a and b, from those of sum and difference
+        assert {n.meta["partitioner_tag"] for n in node.all_input_nodes} == {"is_backward"}
+    assert same_bits(found.execute(), before)
+    assert _saved(found) == saved
+
+
 def test_sites_name_the_kernel() -> None:
     found = captured(build(LlamaBlock).bfloat16(), randn(2, 8, 64, dtype=torch.bfloat16), "hif4-plain", "legalise")
     named = {f"{site.role} {site.path}" for site in found.sites if "claimed/fake_quantize_each" in site.kernels}
