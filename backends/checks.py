@@ -42,6 +42,11 @@ def scalars(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def unactivated(arguments: Mapping[str, Any]) -> str | None:
+    """A GEMM whose sums are the result."""
+    return f"it applies no activation, as {arguments['activation']!r}" if arguments["activation"] else None
+
+
 def tensor_scales(arguments: Mapping[str, Any]) -> str | None:
     """Tensor scales of a GEMM's operands are single numbers in fp32."""
     for name in ("a_tensor_scale", "b_tensor_scale"):

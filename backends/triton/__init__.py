@@ -161,11 +161,11 @@ _OPTIONS_OF_ROWS = (checks.scale_rule, _transform_size, checks.rounding)
 KERNELS: tuple[Kernel, ...] = (
     _kernel(
         "cublas/fp4_mm", "mm", native.mm,
-        _on_one_gpu, native.packed_operands, native.sizes, checks.scalars,
+        _on_one_gpu, native.packed_operands, native.sizes, checks.scalars, checks.unactivated,
         least=native.LEAST_CAPABILITY, packed=True,
     ),
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
-    _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands, checks.unactivated),
     _kernel(
         "triton/grouped_mm_packed", "grouped_mm_packed", packed.grouped_mm, _on_one_gpu, packed.operands_of_groups
     ),

@@ -77,6 +77,7 @@ def mm(
     b_block_2d: bool,
     k: int,
     dtype: torch.dtype,
+    activation: str,
 ) -> Tensor:
     """The op `mm` on packed operands."""
     level = FORMATS[a_format].levels[0]
