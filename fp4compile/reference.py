@@ -269,6 +269,7 @@ def mm(
     k: int = -1,
     dtype: torch.dtype | None = None,
     activation: str = "",
+    a_holds: str = "",
 ) -> Tensor:
     """The GEMM of dense or packed operands: fp32 products and sums, tensor scales, bias and activation on them, one
     rounding."""
@@ -296,6 +297,7 @@ def mm_fake(
     k: int = -1,
     dtype: torch.dtype | None = None,
     activation: str = "",
+    a_holds: str = "",
 ) -> Tensor:
     """The shape rule of `mm`."""
     outputs = columns(activation, b.shape[-2] if b_format else b.shape[-1])

@@ -452,6 +452,7 @@ def mm(
     k: int,
     dtype: torch.dtype | None,
     activation: str = "",
+    a_holds: str = "",
 ) -> Tensor:
     """The op `mm`: operands decoded to fp32, scales, bias and activation on the fp32 product, one rounding at the
     end."""

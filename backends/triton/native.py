@@ -78,6 +78,7 @@ def mm(
     k: int,
     dtype: torch.dtype,
     activation: str,
+    a_holds: str,
 ) -> Tensor:
     """The op `mm` on packed operands."""
     level = FORMATS[a_format].levels[0]

@@ -640,6 +640,7 @@ def mm(
     k: int,
     dtype: torch.dtype | None,
     activation: str,
+    a_holds: str,
 ) -> Tensor:
     """The op `mm` on a packed weight: fp32 accumulation, scales, bias, activation, one rounding.
 
