@@ -27,7 +27,15 @@ from fp4compile.activations import ACTIVATIONS, activated, columns
 from fp4compile.backend import No
 from fp4compile.backends import checks
 from fp4compile.backends.triton import codec
-from fp4compile.backends.triton.launch import capturing, ceil_div, current, kernels, lasting_zeros, round_up
+from fp4compile.backends.triton.launch import (
+    capturing,
+    ceil_div,
+    current,
+    kernels,
+    lasting_zeros,
+    round_up,
+    viewed,
+)
 from fp4compile.formats import E2M1, FORMATS, S1P2
 
 _KERNELS = "packed_kernels"
@@ -415,7 +423,7 @@ def _multiply_in_shares(
     if tiles % programs != 0:  # some are shared: each program leaves parts of two tiles at most
         partial = x.new_empty((2 * programs * cut.tile,), dtype=torch.float32)
         counted = counts(x.device, tiles)
-    words, scale_words = codes.view(torch.int32), scales.view(torch.int32)
+    words, scale_words = viewed(codes, torch.int32), viewed(scales, torch.int32)
     module.overlapped[(programs,)](
         module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale,
         partial, counted, m, n, words.shape[1], scale_words.shape[1], planned.steps, tiles * planned.steps,
@@ -449,9 +457,9 @@ def _multiply_in_parts(
         steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
     kernel = getattr(kernels(_KERNELS), cut.kernel)[grid]
     unit = planned.constants["UNIT"]
-    units, words = codes.shape[-1] * 2 // unit, codes.view(torch.int32)
+    units, words = codes.shape[-1] * 2 // unit, viewed(codes, torch.int32)
     if unit > planned.constants["BLOCK"]:
-        scales = scales.view(torch.int32)
+        scales = viewed(scales, torch.int32)
     kernel(
         x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
         M=m, N=n, K=planned.columns, x_stride=x.stride(0), units=units, steps=steps,

@@ -261,6 +261,24 @@ def assert_nan_is_kept() -> None:
     assert torch.equal(got, weight.T[64:72, :32])
 
 
+def displaced(x: Tensor) -> Tensor:
+    """The same numbers, from the first whole element behind one byte more."""
+    memory = torch.empty(x.nbytes + x.itemsize, dtype=torch.uint8, device=x.device)
+    start = 1 if x.itemsize == 1 else x.itemsize
+    return memory[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def assert_codes_may_begin_at_any_byte() -> None:
+    """Read as 32-bit words, from a copy."""
+    for format in ("mxfp4", "hif4"):
+        given = call(format, 3, 16, 256)
+        given["a"] = given["a"].float()
+        moved_by_a_byte = {**given, "b": displaced(given["b"]), "b_scales": displaced(given["b_scales"])}
+        assert moved_by_a_byte["b"].data_ptr() % 4
+        expected = multiplied(given, SMALL[0], plain=True, dtype=torch.float32)
+        assert torch.equal(multiplied(moved_by_a_byte, SMALL[0], plain=True, dtype=torch.float32), expected)
+
+
 def assert_groups_agree(every: int) -> None:
     """Every n-th format, and squares."""
     cases = [(cut, grouped_call(n, 24, 136, scaled=n == "nvfp4")) for n, cut in zip(NAMES, SMALL, strict=False)]
@@ -287,6 +305,7 @@ def interpret(every: int) -> None:
     """Every n-th pair of a cut and a call, on CPU tensors; only where Triton was imported with TRITON_INTERPRET=1."""
     assert_tokens_are_arranged()
     assert_nan_is_kept()
+    assert_codes_may_begin_at_any_byte()
     assert_groups_agree(every)
     assert_activations_of_many_tokens()
     pairs = [(cut, given) for format in NAMES for given in calls(format) for cut in SMALL]
@@ -298,7 +317,7 @@ def interpret(every: int) -> None:
 
 @needs_triton
 def test_the_interpreter_agrees_with_the_reference() -> None:
-    interpret_apart(__name__, 7)
+    interpret_apart(__name__, 11)
 
 
 @needs_triton
@@ -857,6 +876,12 @@ class TestOnGpu:
                     graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(y, expected) for each in results for y in each)
+
+    @pytest.mark.parametrize("m", [1, 64, 300])
+    def test_codes_may_begin_at_any_byte(self, m: int) -> None:
+        on_gpu = moved(call("mxfp4", m, 528, 1024))
+        displaced_ = {**on_gpu, "b": displaced(on_gpu["b"]), "b_scales": displaced(on_gpu["b_scales"])}
+        assert torch.equal(KERNEL.run(**displaced_), KERNEL.run(**on_gpu))
 
     @pytest.mark.parametrize("format", NAMES)
     def test_groups(self, format: str) -> None:
