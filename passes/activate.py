@@ -85,17 +85,14 @@ def _half(node: Node) -> tuple[Node, int, set[Node]] | None:
         split, number = cast(tuple[Node, int], node.args)
         if split.target not in _SPLITS:
             return None
-        whole, _, *axis = cast(tuple[Node, Any, int], split.args)
-        taken, halves = {node, split}, len(split.meta["val"]) == 2
+        whole, taken, halves = cast(Node, split.args[0]), {node, split}, len(split.meta["val"]) == 2
     elif node.target is aten.slice.Tensor and len(node.args) in (3, 4):
-        whole, *axis, start = cast(tuple[Node, int, int], node.args[:3])
-        number = int(start != 0)
-        taken, halves = {node}, start in (0, node.meta["val"].shape[-1])
+        whole, _, start = cast(tuple[Node, int, int], node.args[:3])
+        number, taken, halves = int(start != 0), {node}, start in (0, node.meta["val"].shape[-1])
     else:
         return None
-    value = whole.meta["val"]
-    along_last = (axis[0] if axis else 0) % value.dim() == value.dim() - 1
-    halves = halves and along_last and node.meta["val"].shape[-1] * 2 == value.shape[-1]
+    # A part of another axis has a whole last one.
+    halves = halves and node.meta["val"].shape[-1] * 2 == whole.meta["val"].shape[-1]
     return (whole, number, taken) if halves else None
 
 

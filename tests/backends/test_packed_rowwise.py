@@ -77,6 +77,7 @@ def interpret(every: int) -> None:
     for weight, squares in list(weights().values())[::every]:
         codes, scales = packed(weight.nan_to_num(), squares)  # the interpreter has no NaN in FP8
         assert_rows_are_the_weight(decoded(codes, scales, squares), codes, scales, squares)
+    assert not decoded(*packed(weights()["a window"][0], False), False)[3].any()
     for activation in ("", "swiglu")[::every]:
         given = call(weights()["many binades"][0].nan_to_num()[:64], 40, activation)
         got, expected = packed_rowwise.bind_mm(given)(*given.values()), OPS["mm"].reference(**given)
