@@ -44,7 +44,9 @@ def scalars(arguments: Mapping[str, Any]) -> str | None:
 
 def unactivated(arguments: Mapping[str, Any]) -> str | None:
     """A GEMM whose sums are the result."""
-    return f"it applies no activation, as {arguments['activation']!r}" if arguments["activation"] else None
+    if arguments["activation"]:
+        return f"it applies no activation, as {arguments['activation']!r}"
+    return None if arguments["factor"] is None else "it multiplies its sums with no factor"
 
 
 def tensor_scales(arguments: Mapping[str, Any]) -> str | None:

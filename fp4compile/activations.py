@@ -2,9 +2,10 @@
 
     mm(x, w, bias, activation="silu")    ->  silu(x w^T + bias)
     mm(x, w, bias, activation="swiglu")  ->  silu(gate) * up    w, bias: the rows of gate, then as many of up
+    mm(x, w, bias, activation="silu", factor=up)  ->  silu(x w^T + bias) * up
 
-The activation is computed in fp32 of sums, scales and bias in fp32, and its result is rounded once. Eager PyTorch
-rounds more often: a linear layer rounds its sums to bf16, the activation its result, the gate's product once more.
+All of it is computed in fp32, of sums, scales and bias in fp32, and the result is rounded once. Eager PyTorch rounds
+more often: a linear layer rounds its sums to bf16, the activation its result, the gate's product once more.
 
 Gated forms are named as in Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202).
 """

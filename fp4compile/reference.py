@@ -269,10 +269,11 @@ def mm(
     k: int = -1,
     dtype: torch.dtype | None = None,
     activation: str = "",
+    factor: Tensor | None = None,
     a_holds: str = "",
 ) -> Tensor:
-    """The GEMM of dense or packed operands: fp32 products and sums, tensor scales, bias and activation on them, one
-    rounding."""
+    """The GEMM of dense or packed operands: fp32 products and sums, tensor scales, bias, activation and factor on
+    them, one rounding."""
     left = _dense(a, a_scales, a_format, k, False, torch.float32)
     right = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
     out = left @ (right.mT if b_format else right)
@@ -280,7 +281,10 @@ def mm(
         out = out if scale is None else out * scale
     if bias is not None:
         out = out + bias.to(torch.float32)
-    return activated(out, activation).to(_product_dtype(a, a_format, dtype))
+    out = activated(out, activation)
+    if factor is not None:
+        out = out * factor.to(torch.float32)
+    return out.to(_product_dtype(a, a_format, dtype))
 
 
 def mm_fake(
@@ -297,6 +301,7 @@ def mm_fake(
     k: int = -1,
     dtype: torch.dtype | None = None,
     activation: str = "",
+    factor: Tensor | None = None,
     a_holds: str = "",
 ) -> Tensor:
     """The shape rule of `mm`."""

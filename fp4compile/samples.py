@@ -192,6 +192,12 @@ def mm() -> Iterator[Mapping[str, Any]]:
         for activation in ACTIVATIONS:
             yield {"a": a, "bias": _tensor(34, seed=2), **weight, "activation": activation}
             yield {"a": a.bfloat16()[None], "b_tensor_scale": scale, **weight, "activation": activation}
+        yield {
+            "a": a.bfloat16(),
+            **weight,
+            "activation": "silu",
+            "factor": _tensor(5, 34, dtype=torch.bfloat16, seed=3),
+        }
 
 
 def _ends() -> Iterator[Tensor]:

@@ -6,6 +6,12 @@
     ->
     %h = fp4compile.mm(%x, %codes, ..., activation='swiglu')
 
+Where gate and up are GEMMs of their own, as in transformers, the one takes the other's result:
+
+    %h = mul(silu(fp4compile.mm(%x, %codes, ...)), %up)
+    ->
+    %h = fp4compile.mm(%x, %codes, ..., activation='silu', factor=%up)
+
 The activation then is of the fp32 sums. The roundings to the model's dtype in front of it, and between a gate and its
 product, are left out: the result is nearer to the exact one than the graph's by as much.
 
@@ -25,6 +31,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fp4compile.activations import ACTIVATIONS, FUNCTIONS
 from fp4compile.aot import decompositions
@@ -98,11 +105,12 @@ def _half(node: Node) -> tuple[Node, int, set[Node]] | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """An activation of a tensor: its name, the tensor, and the nodes that compute it, the last one included."""
+    """An activation: its name, what it is of, the nodes that compute it, the last one included, and a factor."""
 
     activation: str
     source: Node
     inner: set[Node]
+    factor: Node | None = None
 
 
 def _found(root: Node) -> Iterator[_Found]:
@@ -114,10 +122,12 @@ def _found(root: Node) -> Iterator[_Found]:
         return
     for function, factor in (operands, operands[::-1]):
         up = _half(factor)
-        for name, x, inner in _functions(function) if up else ():
+        for name, x, inner in _functions(function):
             gate = _half(x)
             if gate and up and (gate[0], gate[1], up[1]) == (up[0], 0, 1):
                 yield _Found(_GATED[name], gate[0], inner | gate[2] | up[2] | {root})
+            elif statically_known_true(sym_eq(factor.meta["val"].shape, x.meta["val"].shape)):
+                yield _Found(name, x, inner | {root}, factor)
 
 
 def _reads_packed(found: _Found, root: Node) -> bool:
@@ -127,8 +137,9 @@ def _reads_packed(found: _Found, root: Node) -> bool:
         return False
     given = arguments(gemm)
     hidden = {gemm, *found.inner} - {root}
-    alone = all(user in found.inner for node in hidden for user in node.users)
-    return bool(given["b_format"]) and not given["a_format"] and not given["activation"] and alone
+    alone = found.factor not in hidden and all(user in found.inner for node in hidden for user in node.users)
+    plain = not given["a_format"] and not given["activation"] and given["factor"] is None
+    return bool(given["b_format"]) and plain and alone
 
 
 @dataclass(frozen=True)
@@ -145,19 +156,21 @@ class Activate:
             return 0
         sites = {site.node: site for site in context.sites}
         refused: Counter[str] = Counter()
-        done = 0
-        for root in list(graph.nodes):
+        done, hidden = 0, set[Node]()
+        for root in reversed(list(graph.nodes)):  # a product with a factor before the function in it
             found = next((each for each in _found(root) if _reads_packed(each, root)), None)
-            if found is None:
+            if found is None or root in hidden:
                 continue
             old = found.source
             with graph.inserting_before(root):
-                gemm = call(graph, MM, old.args, old, **{**old.kwargs, "activation": found.activation})
+                taken = {"factor": found.factor} if found.factor else {}
+                gemm = call(graph, MM, old.args, old, **{**old.kwargs, "activation": found.activation, **taken})
             if not context.has_kernel(gemm):
                 refused["; ".join(context.kernel(gemm)[1])] += 1
                 graph.erase_node(gemm)
                 continue
             root.replace_all_uses_with(gemm)
+            hidden |= found.inner
             if old in sites:
                 sites[old].follow(gemm)
             done += 1

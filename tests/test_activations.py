@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fp4compile.activations import ACTIVATIONS, activated, columns
 from fp4compile.backend import Yes
@@ -49,21 +48,20 @@ def test_what_is_in_no_table() -> None:
         columns("geglu", 7)
 
 
-def _rounded_late(name: str, x: Tensor) -> Tensor:
-    return EAGER[name](x).to(torch.bfloat16)
-
-
 @pytest.mark.parametrize("name", EAGER)
 def test_the_op_rounds_once(name: str) -> None:
-    """The activation is of the sums in fp32, with the bias on them: the reference, and the CPU's kernel bit for bit."""
+    """Activation and factor are of the sums in fp32, with the bias on them: the reference, and the CPU's kernel."""
     a, weight, bias = randn(6, 64).bfloat16(), randn(8, 64, seed=1), randn(8, seed=2)
     codes, scales = OPS["quantize"].reference(weight, "mxfp4", -1)
     dense = OPS["dequantize"].reference(codes, scales, None, "mxfp4", -1, 64, False, torch.float32)
     given = {"a": a, "b": codes, "bias": bias, "b_scales": scales, "b_format": "mxfp4", "k": 64, "activation": name}
-    expected = _rounded_late(name, a.float() @ dense.T + bias)
-    assert torch.equal(OPS["mm"].reference(**given), expected)
-    bound = OPS["mm"].signature.bind(**given)
-    bound.apply_defaults()
-    (kernel,) = (k for k in cpu.KERNELS if k.op == "mm")
-    if isinstance(kernel.supports(bound.arguments), Yes):  # else this machine has no C compiler
-        assert torch.equal(kernel.run(**bound.arguments), expected)
+    y = EAGER[name](a.float() @ dense.T + bias)
+    factor = randn(*y.shape, seed=3).bfloat16()
+    for options, expected in (({}, y), ({"factor": factor}, y * factor.float())):
+        expected = expected.to(torch.bfloat16)
+        assert torch.equal(OPS["mm"].reference(**given, **options), expected)
+        bound = OPS["mm"].signature.bind(**given, **options)
+        bound.apply_defaults()
+        (kernel,) = (k for k in cpu.KERNELS if k.op == "mm")
+        if isinstance(kernel.supports(bound.arguments), Yes):  # else this machine has no C compiler
+            assert torch.equal(kernel.run(**bound.arguments), expected)

@@ -205,8 +205,9 @@ def test_mm_without_a_packed_weight_has_no_gradient():
 
 def test_mm_with_an_activation_has_no_gradient():
     packed, _ = packed_weight("hif4", False)
-    with pytest.raises(FP4ValueError, match="'silu' has no gradient"):
-        torch.ops.fp4compile.mm(randn(5, 70).requires_grad_(), activation="silu", **packed)
+    for options in ({"activation": "silu"}, {"factor": randn(5, 9)}):
+        with pytest.raises(FP4ValueError, match="an activation or a factor has no gradient"):
+            torch.ops.fp4compile.mm(randn(5, 70).requires_grad_(), **options, **packed)
 
 
 @pytest.mark.parametrize(

@@ -452,16 +452,20 @@ def mm(
     k: int,
     dtype: torch.dtype | None,
     activation: str = "",
+    factor: Tensor | None = None,
     a_holds: str = "",
 ) -> Tensor:
-    """The op `mm`: operands decoded to fp32, scales, bias and activation on the fp32 product, one rounding at the
-    end."""
+    """The op `mm`: operands decoded to fp32, scales, bias, activation and factor on the fp32 product, one rounding at
+    the end."""
     out = _product(_operand(a, a_scales, a_format, k, False), b, b_scales, b_format, b_block_2d, k)
     for scale in (a_tensor_scale, b_tensor_scale):
         out = out if scale is None else out * scale
     if bias is not None:
         out = out + bias.to(torch.float32)
-    return activated(out, activation).to(dtype or a.dtype)
+    out = activated(out, activation)
+    if factor is not None:
+        out = out * factor.to(torch.float32)
+    return out.to(dtype or a.dtype)
 
 
 def grouped_mm_packed(

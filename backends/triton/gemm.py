@@ -138,6 +138,7 @@ def mm(
     k: int,
     dtype: torch.dtype | None,
     activation: str,
+    factor: None,
     a_holds: str,
 ) -> Tensor:
     """The op `mm` on dense operands: fp32 accumulation, the scale, the bias, one rounding."""

@@ -78,6 +78,7 @@ def mm(
     k: int,
     dtype: torch.dtype,
     activation: str,
+    factor: None,
     a_holds: str,
 ) -> Tensor:
     """The op `mm` on packed operands."""

@@ -394,15 +394,20 @@ def multiply(
     b_tensor_scale: Tensor | None,
     planned: Plan,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, outputs] in `dtype`."""
+    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, outputs] in `dtype`.
+
+    Args:
+        factor: [M, outputs], contiguous.
+    """
     (m, _), n, cut = x.shape, codes.shape[0], planned.cut
     y = x.new_empty((m, columns(planned.activation, n)), dtype=dtype)
     if cut.kernel in _RUNS:
         x = _arrange(x, planned)
     bias = None if bias is None else bias.contiguous()
     run = _multiply_in_shares if cut.kernel == "overlapped" else _multiply_in_parts
-    run(x, codes, scales, y, bias, a_tensor_scale, b_tensor_scale, planned)
+    run(x, codes, scales, y, bias, a_tensor_scale, b_tensor_scale, factor, planned)
     return y
 
 
@@ -414,6 +419,7 @@ def _multiply_in_shares(
     bias: Tensor | None,
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
+    factor: Tensor | None,
     planned: Plan,
 ) -> None:
     (m, n), cut, programs = (y.shape[0], codes.shape[0]), planned.cut, planned.programs
@@ -425,7 +431,7 @@ def _multiply_in_shares(
         counted = counts(x.device, tiles)
     words, scale_words = viewed(codes, torch.int32), viewed(scales, torch.int32)
     module.overlapped[(programs,)](
-        module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale,
+        module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale, factor,
         partial, counted, m, n, words.shape[1], scale_words.shape[1], planned.steps, tiles * planned.steps,
         **planned.constants, num_warps=cut.warps, **_options(planned),
     )  # fmt: skip
@@ -439,6 +445,7 @@ def _multiply_in_parts(
     bias: Tensor | None,
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
+    factor: Tensor | None,
     planned: Plan,
     ends: Tensor | None = None,
 ) -> None:
@@ -461,7 +468,7 @@ def _multiply_in_parts(
     if unit > planned.constants["BLOCK"]:
         scales = viewed(scales, torch.int32)
     kernel(
-        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
+        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, factor, partial, counted,
         M=m, N=n, K=planned.columns, x_stride=x.stride(0), units=units, steps=steps,
         **({"ends_ptr": ends} if cut.kernel == "few_tokens" else {}),
         **planned.constants, num_warps=cut.warps, **_options(planned),
@@ -505,7 +512,7 @@ def multiply_grouped(
 ) -> Tensor:
     """As `grouped_mm`, of contiguous operands and cut as given."""
     y = x.new_zeros((x.shape[0], codes.shape[1]), dtype=dtype)
-    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, planned, ends)
+    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, None, planned, ends)
     return y
 
 
@@ -594,19 +601,22 @@ def operands(arguments: Mapping[str, Any]) -> str | None:
     activation = arguments["activation"]
     if activation and (activation not in ACTIVATIONS or (ACTIVATIONS[activation].gated and b.shape[0] % 2)):
         return f"there is no activation {activation!r} of {b.shape[0]} rows"
+    factor, shape = arguments["factor"], (*a.shape[:-1], columns(activation, b.shape[0]))
+    if factor is not None and (factor.dtype not in codec.DTYPES or tuple(factor.shape) != shape):
+        return f"the factor is {factor.dtype} {tuple(factor.shape)}, not fp32, bf16 or fp16 {shape}"
     return checks.tensor_scales(arguments)
 
 
 _ACTIVATED = {"BLOCK": 1024}  # outputs of a program: bound by memory, nothing to tune
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """x [M, N], contiguous, or what the activation makes of it, in its dtype: one launch."""
-    if not activation:
+def activate(x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
+    """x [M, N], contiguous, or what the activation makes of it, times the factor, in its dtype: one launch."""
+    if not activation and factor is None:
         return x
     y = x.new_empty((x.shape[0], columns(activation, x.shape[1])))
     grid = (x.shape[0], ceil_div(y.shape[1], _ACTIVATED["BLOCK"]))
-    kernels(_KERNELS).activate[grid](x, y, y.shape[1], x.stride(0), **_ACTIVATED, **activating(activation))
+    kernels(_KERNELS).activate[grid](x, factor, y, y.shape[1], x.stride(0), **_ACTIVATED, **activating(activation))
     return y
 
 
@@ -621,17 +631,18 @@ def _dense(
     block_2d: bool,
     dtype: torch.dtype,
     activation: str,
+    factor: Tensor | None,
 ) -> Tensor:
     """The GEMM with the weight decoded first: exactly, to bf16 for bf16 operands and to fp32 for others.
 
-    An activation is a launch of its own, of the result in `dtype`, as eager PyTorch's: nothing wider is written.
+    Activation and factor are a launch of their own, of the result in `dtype`, as in eager PyTorch.
     """
     exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     ops = torch.ops.fp4compile
     weight = ops.dequantize(codes, scales, None, format, -1, x.shape[1], block_2d, exact)
     # The op again: its kernel for dense operands adds split sums in fp32, where torch's own may add them in bf16.
     y: Tensor = ops.mm(x.to(exact), weight.t(), bias, None, None, a_tensor_scale, b_tensor_scale, dtype=dtype)
-    return activate(y, activation)
+    return activate(y, activation, factor)
 
 
 def mm(
@@ -648,9 +659,10 @@ def mm(
     k: int,
     dtype: torch.dtype | None,
     activation: str,
+    factor: Tensor | None,
     a_holds: str,
 ) -> Tensor:
-    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, activation, one rounding.
+    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, activation, factor, one rounding.
 
     With more than `MOST_TOKENS` tokens, or not in bf16, sums are rounded in front of an activation, too.
     """
@@ -660,15 +672,19 @@ def mm(
     x = a.detach().reshape(m, k)
     if m == 0 or n == 0 or k == 0:
         y = a.new_zeros((m, n), dtype=torch.float32)
-        return activated(y if bias is None else y + bias, activation).to(dtype).view(shape)
+        y = activated(y if bias is None else y + bias, activation).view(shape)
+        return (y if factor is None else y * factor).to(dtype)
     codes, scales = b.contiguous(), b_scales.contiguous()
+    if factor is not None:
+        factor = factor.contiguous().view(m, -1)
     with current(a.device):
         planned = None
         if m <= MOST_TOKENS and x.dtype == torch.bfloat16:
             planned = _chosen(m, n, k, b_format, b_block_2d, a.device.index, activation)
         if planned is None:
-            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, b_format, b_block_2d, dtype, activation)
+            more = (b_format, b_block_2d, dtype, activation, factor)
+            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, *more)
         else:
             x = x if x.stride(1) == 1 else x.contiguous()
-            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype)
+            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype, factor)
     return y.view(shape)

@@ -229,6 +229,7 @@ def _write(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     ROWS: gl.constexpr,
     BM: gl.constexpr,
     WARPS: gl.constexpr,
@@ -236,7 +237,7 @@ def _write(
     ACTIVATE: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    """Scale sums [n, m], add the bias, apply the activation and store them to y [M, N]."""
+    """Scale sums [n, m], add the bias, apply activation and factor and store them to y [M, N]."""
     SUMS: gl.constexpr = _sums(BM, WARPS)
     acc *= FACTOR
     if a_ts_ptr is not None:
@@ -254,10 +255,13 @@ def _write(
     OUTPUTS: gl.constexpr = acc.shape[0]
     DIRECT: gl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 32 and not GATED
     OUT: gl.constexpr = SUMS if DIRECT else _output(OUTPUTS, WARPS)
-    y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
     n = n + gl.arange(0, OUTPUTS, gl.SliceLayout(1, OUT))[:, None]
     m = m + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :]
-    gl.store(y_ptr + m.to(gl.int64) * N + n, y, (n < N) & (m < M))
+    at = m.to(gl.int64) * N + n
+    if factor_ptr is not None:
+        acc = gl.convert_layout(acc, OUT) * gl.load(factor_ptr + at, (n < N) & (m < M), 0.0).to(gl.float32)
+    y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
+    gl.store(y_ptr + at, y, (n < N) & (m < M))
 
 
 @gluon.jit
@@ -275,6 +279,7 @@ def _finish(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     total,
@@ -290,9 +295,13 @@ def _finish(
     Counts are zero before and after: the last program leaves them so for the next launch.
     """
     if partial_ptr is None:  # noqa: SIM114 - known when it is compiled, unlike the next
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED)
+        _write(
+            acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED
+        )
     elif begins & ends:
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED)
+        _write(
+            acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED
+        )
     else:
         SUMS: gl.constexpr = _sums(BM, WARPS)
         programs = gl.num_programs(0)
@@ -312,7 +321,24 @@ def _finish(
                 for j in gl.static_range(AHEAD):
                     from_other = partial_ptr + (2 * (other + j)).to(gl.int64) * (ROWS * BM) + at
                     acc += gl.load(from_other, other + j <= last, 0.0, cache_modifier=".cg")
-            _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED)
+            _write(
+                acc,
+                m,
+                n,
+                M,
+                N,
+                y_ptr,
+                bias_ptr,
+                a_ts_ptr,
+                b_ts_ptr,
+                factor_ptr,
+                ROWS,
+                BM,
+                WARPS,
+                FACTOR,
+                ACTIVATE,
+                GATED,
+            )
             gl.store(counts_ptr + tile, 0)
 
 
@@ -337,6 +363,7 @@ def overlapped(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     M,
@@ -449,7 +476,7 @@ def overlapped(
             gdc_launch_dependents()
         _finish(
             acc, tile, units, begin == 0, end == units, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr,
-            partial_ptr, counts_ptr, total, BN, BM, WARPS, FACTOR, ACTIVATE, GATED,
+            factor_ptr, partial_ptr, counts_ptr, total, BN, BM, WARPS, FACTOR, ACTIVATE, GATED,
         )  # fmt: skip
         async_copy.wait_group(0)  # zeros too: copies that are not wanted
         _barrier()  # no warp reads the codes of this tile any more

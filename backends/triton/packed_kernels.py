@@ -210,11 +210,12 @@ def _write(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     FACTOR: tl.constexpr,
     ACTIVATE: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Scale sums [n, m] of the places from `start` on, add the bias, apply the activation, store them to y [M, N]."""
+    """Scale sums [n, m] of the places from `start` on, add the bias, apply activation and factor, store them to y."""
     acc *= FACTOR
     if a_ts_ptr is not None:
         acc *= tl.load(a_ts_ptr)
@@ -230,18 +231,34 @@ def _write(
     elif ACTIVATE is not None:
         acc = ACTIVATE(acc)
     inside = (n < N)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), inside)
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + at, inside, 0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def activate(x_ptr, y_ptr, outputs, x_stride, BLOCK: tl.constexpr, ACTIVATE: tl.constexpr, GATED: tl.constexpr):
-    """The activation of rows of x, each of `outputs` or, gated, twice as many: y [rows, outputs]."""
+def activate(
+    x_ptr,
+    factor_ptr,
+    y_ptr,
+    outputs,
+    x_stride,
+    BLOCK: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """The activation of rows of x, each of `outputs` or, gated, twice as many, times the factor: y [rows, outputs]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < outputs
-    x = ACTIVATE(tl.load(x_ptr + row * x_stride + at, inside, 0.0).to(tl.float32))
+    x = tl.load(x_ptr + row * x_stride + at, inside, 0.0).to(tl.float32)
+    if ACTIVATE is not None:
+        x = ACTIVATE(x)
     if GATED:
         x *= tl.load(x_ptr + row * x_stride + outputs + at, inside, 0.0).to(tl.float32)
+    if factor_ptr is not None:
+        x *= tl.load(factor_ptr + row * outputs + at, inside, 0.0).to(tl.float32)
     tl.store(y_ptr + row * outputs + at, x.to(y_ptr.dtype.element_ty), inside)
 
 
@@ -256,6 +273,7 @@ def _finish(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     ROWS: tl.constexpr,
@@ -270,7 +288,7 @@ def _finish(
     Counts are zero before and after: the last program leaves them so for the next launch.
     """
     if PARTS == 1:
-        _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR, ACTIVATE, GATED)
+        _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, FACTOR, ACTIVATE, GATED)
     else:
         tiles = tl.num_programs(0) * tl.num_programs(1)
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -284,7 +302,7 @@ def _finish(
             acc = tl.load(at, cache_modifier=".cg")
             for part in tl.static_range(1, PARTS):
                 acc += tl.load(at + part * stride, cache_modifier=".cg")
-            _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR, ACTIVATE, GATED)
+            _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, FACTOR, ACTIVATE, GATED)
             tl.store(counts_ptr + tile, 0)
 
 
@@ -340,6 +358,7 @@ def few_tokens(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     ends_ptr,
@@ -423,7 +442,7 @@ def few_tokens(
         x_at += BK
     acc = tl.sum(acc.reshape([GROUPS, SLICES, BN, BM]), axis=1).reshape([GROUPS * BN, BM])
     _finish(
-        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
+        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, partial_ptr, counts_ptr,
         GROUPS * BN, BM, PARTS, FACTOR, ACTIVATE, GATED,
     )  # fmt: skip
 
@@ -479,6 +498,7 @@ def many_tokens(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     M,
@@ -545,6 +565,6 @@ def many_tokens(
         scales_at += UNITS
         x_at += BK
     _finish(
-        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
+        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, partial_ptr, counts_ptr,
         BN, BM, PARTS, FACTOR, ACTIVATE, GATED,
     )  # fmt: skip

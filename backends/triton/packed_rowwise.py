@@ -1,7 +1,7 @@
 """`mm` of FP4 values and a packed weight in FP8 with a scale per row: W4A4 inference of many tokens.
 
     mm(a [M, K] of MXFP4 values, codes [N, K/2], b_scales, a_holds="mxfp4", b_format="mxfp4")
-        ->  quantize_rowwise(a), decode(codes, b_scales), mm_rowwise, the activation if there is one
+        ->  quantize_rowwise(a), decode(codes, b_scales), mm_rowwise, activation and factor if there are any
 
 No second copy of the weight is held: its rows are decoded at every call, 0.53 bytes read and 1.03 written per element.
 `a` is quantised once more, which gives its values again: a block's exponent by the rule `floor` is that of its values
@@ -83,6 +83,7 @@ def bind_mm(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
     """The op `mm` for calls like this one: fp32 accumulation, bias, one rounding; another behind an activation."""
     names, format, activation, k = tuple(arguments), arguments["b_format"], arguments["activation"], arguments["k"]
     shape = (*arguments["a"].shape[:-1], columns(activation, arguments["b"].shape[0]))
+    outputs = shape[-1]
     weight = {"codes": arguments["b"], "scales": arguments["b_scales"]}
     decode = Replay(plan_decode, {**weight, "format": format, "block_2d": arguments["b_block_2d"]})
 
@@ -92,6 +93,8 @@ def bind_mm(arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
         left = ops.quantize_rowwise(given["a"].detach().reshape(-1, k), format, 1, scale_rule="floor")
         right = decode(given["b"], given["b_scales"], format, given["b_block_2d"])
         y = ops.mm_rowwise(*left, *right, torch.bfloat16, given["bias"])
-        return activate(y, activation).view(shape)
+        factor = given["factor"]
+        factor = None if factor is None else factor.contiguous().view(-1, outputs)
+        return activate(y, activation, factor).view(shape)
 
     return mm

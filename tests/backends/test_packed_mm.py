@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile.activations import ACTIVATIONS
+from fp4compile.activations import ACTIVATIONS, columns
 from fp4compile.backend import No, Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.triton import packed, tune
@@ -48,6 +48,7 @@ def call(
     scaled: bool = False,
     biased: bool = False,
     activation: str = "",
+    by_factor: bool = False,
 ) -> dict[str, Any]:
     """All arguments of a call: bf16 tokens, and a weight whose rows differ in range."""
     weight = randn(n, k, seed=1) * randn(n, 1, seed=2).mul(2).exp()
@@ -64,6 +65,7 @@ def call(
         "b_block_2d": block_2d,
         "k": k,
         "activation": activation,
+        "factor": randn(2 * m, columns(activation, n), seed=4).bfloat16()[::2] if by_factor else None,
     }
     bound = inspect.signature(OPS["mm"].reference).bind(**given)
     bound.apply_defaults()
@@ -85,7 +87,9 @@ def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     y, size = a @ weight.T * factor, a.abs() @ weight.abs().T * abs(factor)
     if given["bias"] is not None:
         y, size = y + given["bias"].double(), size + given["bias"].double().abs()
-    return behind(given["activation"], y, size * 2.0**-20)
+    y, slack = behind(given["activation"], y, size * 2.0**-20)
+    factor = given["factor"]
+    return (y, slack) if factor is None else (y * factor.double(), slack * factor.double().abs())
 
 
 # No activation's slope exceeds that of GELU at sqrt(2).
@@ -130,7 +134,8 @@ def multiplied(given: dict[str, Any], cut: Cut, plain: bool, dtype: torch.dtype)
     n = given["b"].shape[0]
     planned = packed.plan(cut, m, n, k, format, given["b_block_2d"], overlap, plain, processors, given["activation"])
     parts = (given[n] for n in ("a", "b", "b_scales", "bias", "a_tensor_scale", "b_tensor_scale"))
-    return packed.multiply(*parts, planned, dtype)
+    factor = None if given["factor"] is None else given["factor"].contiguous()
+    return packed.multiply(*parts, planned, dtype, factor)
 
 
 # Every kind of cut, small: slices in a program, parts among programs, both kernels.
@@ -161,6 +166,8 @@ def calls(format: str) -> Iterator[dict[str, Any]]:
     for activation, (m, n, k) in zip(ACTIVATIONS, ((5, 37, 200), *SHAPES, (17, 272, 320), (1, 2, 64)), strict=True):
         rows = n + n % 2 if ACTIVATIONS[activation].gated else n
         yield call(format, m, rows, k, biased=m != 5, scaled=m == 7, activation=activation)
+    yield call(format, 7, 37, 500, activation="silu", by_factor=True)
+    yield call(format, 18, 90, 200, activation="reglu", by_factor=True)
 
 
 def one_hot(format: str) -> tuple[dict[str, Any], Tensor]:
@@ -299,6 +306,9 @@ def assert_activations_of_many_tokens() -> None:
         missing = expected.isnan()
         assert torch.equal(got.isnan(), missing)
         assert ((got.double() - expected).abs() <= slack + expected.abs() * 2.0**-23)[~missing].all()
+        factor = randn(*got.shape, seed=1)
+        assert torch.equal(packed.activate(sums, activation, factor).nan_to_num(), (got * factor).nan_to_num())
+    assert torch.equal(packed.activate(sums, "", sums).nan_to_num(), (sums * sums).nan_to_num())
 
 
 def interpret(every: int) -> None:
@@ -349,7 +359,13 @@ def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int =
         planned = packed.plan_grouped(cut, experts, 4096, 4096, format, False, plain=False)
     evenly = cut.kernel == "overlapped"
     kernel = getattr(kernels("packed_hopper_kernels" if evenly else "packed_kernels"), cut.kernel)
-    absent = ["bias_ptr", "a_ts_ptr", "b_ts_ptr", *(["ends_ptr"] if cut.kernel == "few_tokens" and not experts else [])]
+    absent = [
+        "bias_ptr",
+        "a_ts_ptr",
+        "b_ts_ptr",
+        "factor_ptr",
+        *(["ends_ptr"] if cut.kernel == "few_tokens" and not experts else []),
+    ]
     constants = {**planned.constants, **dict.fromkeys(absent)}
     words = evenly or FORMATS[format].scale_dtype == torch.int32 or constants["UNIT"] > constants["BLOCK"]
     pointers = {**_POINTERS, "scales_ptr": "*i32" if words else "*u8"}
@@ -691,6 +707,8 @@ def test_declines_say_why() -> None:
         "b_tensor_scale": {"b_tensor_scale": torch.ones(2)},
         "one number per row": {"bias": torch.ones(3, 16)},
         "no activation 'mish'": {"activation": "mish"},
+        "the factor is torch.bfloat16 (3, 15)": {"factor": torch.ones(3, 15).bfloat16()},
+        "not fp32, bf16 or fp16 (3, 8)": {"factor": torch.ones(3, 8).double(), "activation": "geglu"},
         "of 15 rows": {"activation": "swiglu", "b": codes[:15], "b_scales": scales[:15]},
     }
     for word, changes in cases.items():
@@ -812,7 +830,7 @@ class TestOnGpu:
     def test_activations_at_any_number_of_tokens(self, activation: str) -> None:
         """Sums of more tokens than the packed kernels take are rounded in front of the activation, too."""
         for m in (0, 1, 2, 16, 33, 65, 300):
-            given = call("hif4", m, 1072, 1024, biased=m % 2 == 0, activation=activation)
+            given = call("hif4", m, 1072, 1024, biased=m % 2 == 0, activation=activation, by_factor=m > 16)
             assert_rounded_once(KERNEL.run(**moved(given)), given)
         given = call("hif4", 600, 1072, 264, activation=activation)
         sums = KERNEL.run(**moved({**given, "activation": ""}))
@@ -828,7 +846,7 @@ class TestOnGpu:
         if not packed.on_hopper(0):
             pytest.skip("not a Hopper GPU")
         for m, n in ((5, 4144), (150, 4144), (33, 74)):
-            given = call("hif4", m, n, 4096, biased=True, activation=activation)
+            given = call("hif4", m, n, 4096, biased=True, activation=activation, by_factor=m != 5)
             for dtype in (torch.bfloat16, torch.float32):
                 assert_rounded_once(multiplied(moved(given), cut, plain=False, dtype=dtype), given)
 

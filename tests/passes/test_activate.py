@@ -18,7 +18,7 @@ from tests.claims import Claims, everything
 from tests.helpers import Captured, capture, randn
 
 Function = Callable[[Tensor], Tensor]
-X = randn(2, 3, 64, seed=2)
+X, BIAS = randn(2, 3, 64, seed=2), randn(96, seed=1)
 
 
 def _halves(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,17 +58,26 @@ class _Layer(nn.Module):
     def __init__(self, function: Function, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         row = PackedWeight((96, 64), 1, Operand("hif4"))
-        self.linear = PackedLinear(row, row.pack(randn(96, 64)), randn(96, seed=1).to(dtype), dtype)
+        self.linear = PackedLinear(row, row.pack(randn(96, 64)), BIAS.to(dtype), dtype)
         self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.linear(x))
 
 
+def _filled(found: Captured) -> list[Tensor]:
+    """Codes, scales, biases and tokens in the places of the graph's inputs."""
+    layer = _Layer(F.silu).linear
+    by_dtype = {torch.uint8: layer.codes, torch.int32: layer.scales}
+    values = [node.meta["val"] for node in found.module.graph.find_nodes(op="placeholder")]
+    return [by_dtype.get(v.dtype, (BIAS if v.dim() == 1 else X).to(v.dtype)) for v in values]
+
+
 def captured(
     function: Function, dtype: torch.dtype = torch.bfloat16, claim: Callable[..., Answer] = everything
 ) -> Captured:
-    found = capture(_Layer(function, dtype), (X.to(dtype),), "hif4-w4a16", train=False)
+    model = function if isinstance(function, _Apart) else _Layer(function, dtype)
+    found = capture(model, (X.to(dtype),), "hif4-w4a16", train=False)
     found.context.backend = Claims(mm=claim)
     return found.until("rescale")
 
@@ -86,10 +95,7 @@ def test_every_activation_is_found_here() -> None:
 @pytest.mark.parametrize(("name", "function"), [(name, f) for name, functions in FOUND.items() for f in functions])
 def test_an_activation_becomes_an_argument(name: str, function: Function, dtype: torch.dtype) -> None:
     found, layer = captured(function, dtype), _Layer(function, dtype).linear
-    by_dtype = {torch.uint8: layer.codes, torch.int32: layer.scales}
-    rest = {1: layer.bias, 3: X.to(dtype)}
-    values = [node.meta["val"] for node in found.module.graph.find_nodes(op="placeholder")]
-    inputs = [by_dtype.get(value.dtype, rest.get(value.dim())) for value in values]
+    inputs = _filled(found)
     (before,) = found.execute(*inputs)
     assert found.run("activate") == 1
     assert activation_of(found) == name
@@ -106,12 +112,52 @@ def test_an_activation_becomes_an_argument(name: str, function: Function, dtype:
     assert found.run("activate") == 0
 
 
+class _Apart(nn.Module):
+    """A gate and what it multiplies as layers of their own."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.up, self.multiply = _Layer(F.silu), _Layer(nn.Identity()), multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.gate(x), self.up(x))
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gate first": lambda gate, up: gate * up,
+    "up first": lambda gate, up: up * gate,
+}
+
+
+@pytest.mark.parametrize("multiply", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_gate_takes_the_result_of_another_gemm(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    found = captured(_Apart(multiply))
+    (before,) = found.execute(*(inputs := _filled(found)))
+    assert found.run("activate") == 1
+    up, gate = found.calls("mm")
+    assert (gate.kwargs["activation"], gate.kwargs["factor"]) == ("silu", up)
+    assert not found.calls(torch.ops.aten.mul.Tensor)
+    (got,) = found.execute(*inputs)
+    # The roundings of the sums and of the activation are left out, one of the result is in both.
+    ulp, size = torch.finfo(torch.bfloat16).eps, (got.abs() + before.abs()).amax()
+    assert ((got - before).abs() <= 2.2 * ulp * size).all()
+    assert found.run("activate") == 0
+
+
+def test_a_factor_of_another_shape_is_multiplied_behind() -> None:
+    found = captured(_Apart(lambda gate, up: gate * up[..., :1]))
+    assert found.run("activate") == 1
+    assert [node.kwargs.get("activation") for node in found.calls("mm") if node.kwargs] == ["silu"]
+    assert found.calls(torch.ops.aten.mul.Tensor)
+
+
 LOOKALIKES: dict[str, Function] = {
     "the sums are read, too": lambda y: F.silu(y) + y,
     "the wrong half": _swapped,
     "a part that is no half": lambda y: F.silu(y[..., :32]) * y[..., 64:],
     "halves of the tokens": lambda y: F.silu(y.transpose(0, 2)[:48]) * y.transpose(0, 2)[48:],
     "a half that is read twice": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] + y.chunk(2, -1)[1],
+    "the sums are the factor": lambda y: F.silu(y) * y,
     "one half twice": lambda y: F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[0],
     "another function": F.softplus,
     "a slope": lambda y: F.leaky_relu(y, 0.1),
