@@ -42,6 +42,7 @@ from fp4compile.rewrite import arguments, call
 aten = torch.ops.aten
 MM = OPS["mm"].overload
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+_DEFAULTS = {p.name: p.default for p in OPS["mm"].signature.parameters.values()}
 _GATED = {row.function: name for name, row in ACTIVATIONS.items() if row.gated}
 
 
@@ -162,9 +163,11 @@ class Activate:
             if found is None or root in hidden:
                 continue
             old = found.source
+            given = {**arguments(old), "activation": found.activation, "factor": found.factor}
+            operands = given.pop("a"), given.pop("b")
+            named = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
             with graph.inserting_before(root):
-                taken = {"factor": found.factor} if found.factor else {}
-                gemm = call(graph, MM, old.args, old, **{**old.kwargs, "activation": found.activation, **taken})
+                gemm = call(graph, MM, operands, old, **named)
             if not context.has_kernel(gemm):
                 refused["; ".join(context.kernel(gemm)[1])] += 1
                 graph.erase_node(gemm)

@@ -255,13 +255,15 @@ def _write(
     OUTPUTS: gl.constexpr = acc.shape[0]
     DIRECT: gl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 32 and not GATED
     OUT: gl.constexpr = SUMS if DIRECT else _output(OUTPUTS, WARPS)
+    if factor_ptr is not None:
+        row = n + gl.arange(0, OUTPUTS, gl.SliceLayout(1, OUT))[:, None]
+        token = m + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :]
+        factor = gl.load(factor_ptr + token.to(gl.int64) * N + row, (row < N) & (token < M), 0.0)
+        acc = gl.convert_layout(acc, OUT) * factor.to(gl.float32)
+    y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
     n = n + gl.arange(0, OUTPUTS, gl.SliceLayout(1, OUT))[:, None]
     m = m + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :]
-    at = m.to(gl.int64) * N + n
-    if factor_ptr is not None:
-        acc = gl.convert_layout(acc, OUT) * gl.load(factor_ptr + at, (n < N) & (m < M), 0.0).to(gl.float32)
-    y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
-    gl.store(y_ptr + at, y, (n < N) & (m < M))
+    gl.store(y_ptr + m.to(gl.int64) * N + n, y, (n < N) & (m < M))
 
 
 @gluon.jit

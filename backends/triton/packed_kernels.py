@@ -231,10 +231,9 @@ def _write(
     elif ACTIVATE is not None:
         acc = ACTIVATE(acc)
     inside = (n < N)[:, None] & (m < M)[None, :]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
     if factor_ptr is not None:
-        acc *= tl.load(factor_ptr + at, inside, 0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), inside)
+        acc *= tl.load(factor_ptr + m.to(tl.int64)[None, :] * N + n[:, None], inside, 0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from fp4compile.activations import ACTIVATIONS
 from fp4compile.backend import Answer, No
 from fp4compile.packed import PackedLinear, PackedWeight
 from fp4compile.recipe import Operand
+from fp4compile.rewrite import arguments
 from tests.claims import Claims, everything
 from tests.helpers import Captured, capture, randn
 
@@ -55,9 +56,9 @@ FOUND: dict[str, list[Function]] = {
 
 
 class _Layer(nn.Module):
-    def __init__(self, function: Function, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, function: Function, dtype: torch.dtype = torch.bfloat16, tokens: Operand | None = None) -> None:
         super().__init__()
-        row = PackedWeight((96, 64), 1, Operand("hif4"))
+        row = PackedWeight((96, 64), 1, Operand("hif4"), tokens)
         self.linear = PackedLinear(row, row.pack(randn(96, 64)), BIAS.to(dtype), dtype)
         self.function = function
 
@@ -74,9 +75,11 @@ def _filled(found: Captured) -> list[Tensor]:
 
 
 def captured(
-    function: Function, dtype: torch.dtype = torch.bfloat16, claim: Callable[..., Answer] = everything
+    function: Function | _Layer | _Apart,
+    dtype: torch.dtype = torch.bfloat16,
+    claim: Callable[..., Answer] = everything,
 ) -> Captured:
-    model = function if isinstance(function, _Apart) else _Layer(function, dtype)
+    model = function if isinstance(function, _Layer | _Apart) else _Layer(function, dtype)
     found = capture(model, (X.to(dtype),), "hif4-w4a16", train=False)
     found.context.backend = Claims(mm=claim)
     return found.until("rescale")
@@ -121,6 +124,14 @@ class _Apart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(self.gate(x), self.up(x))
+
+
+def test_the_other_arguments_stay() -> None:
+    """Of a GEMM that is called with all of them, as one of quantised tokens is."""
+    found = captured(_Layer(F.silu, tokens=Operand("hif4")))
+    before = arguments(found.calls("mm")[0])
+    assert found.run("activate") == 1
+    assert arguments(found.calls("mm")[0]) == {**before, "activation": "silu"}
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""Where a kernel applies activations, packed GEMMs apply the SwiGLU and the GELU behind them."""
+"""Where a kernel applies activations, packed GEMMs apply SwiGLU behind them, of one weight or of two, and GELU."""
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ def _packed(inputs: int, outputs: int) -> PackedLinear:
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up, self.down, self.head = _packed(64, 256), _packed(128, 64), _packed(64, 32)
+        self.gate_up, self.down = _packed(64, 256), _packed(128, 64)
+        self.gate, self.up, self.head = _packed(64, 32), _packed(64, 32), _packed(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return F.gelu(self.head(x + self.down(F.silu(gate) * up)))
+        x = x + self.down(F.silu(gate) * up)
+        return F.gelu(self.head(F.silu(self.gate(x)) * self.up(x)))
 
 
 def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
