@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fp4compile import codec, rowwise
 from fp4compile.backend import Yes
 from fp4compile.backends import triton as table
+from fp4compile.backends.inductor import BACKEND
 from fp4compile.backends.triton import packed as packed_mm
 from fp4compile.backends.triton import packed_rowwise
 from fp4compile.backends.triton.replay import Replay
@@ -23,7 +24,7 @@ from fp4compile.packed import PackedLinear, PackedWeight
 from fp4compile.recipe import Operand
 from tests.backends.test_triton_kernels import compiled, meta, moved
 from tests.gpu import interpret_apart, needs_gpu, needs_triton
-from tests.helpers import randn
+from tests.helpers import capture, randn
 
 FORMAT = "mxfp4"
 (KERNEL,) = (kernel for kernel in table.KERNELS if kernel.name == "cublas/packed_mm_rowwise")
@@ -197,6 +198,19 @@ def test_a_packed_layer_says_what_it_has_quantised(given: Operand | None, monkey
     assert options["a_holds"] == (FORMAT if given else "")
     if given:
         assert torch.equal(OPS["fake_quantize"].reference(x, FORMAT, -1), x)
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(300, KERNEL.name), (256, "triton/packed_mm")])
+def test_a_report_names_the_kernel(tokens: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine with a GPU writes it, of a loaded model without data."""
+    monkeypatch.setattr(table, "available", lambda least=None: Yes())
+    row = PackedWeight((32, 64), 1, Operand(FORMAT), Operand(FORMAT))
+    layer = PackedLinear(row, row.parts(), None, torch.bfloat16)
+    x = torch.empty(tokens, 64, dtype=torch.bfloat16, device="meta")
+    found = capture(layer, (x,), "mxfp4-w4a4", train=False)
+    found.context.backend, found.context.device = BACKEND, "cuda"
+    found.run("legalise")
+    assert found.context.notes[-1] == f"1 GEMMs with weights that the model holds packed: {kernel}"
 
 
 class TestOnGpu:
