@@ -20,17 +20,16 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.activations import columns
-from fp4compile.backends.triton.launch import Launch, ceil_div
-from fp4compile.backends.triton.packed import activate
+from fp4compile.backends.triton.launch import Launch, ceil_div, viewed
+from fp4compile.backends.triton.packed import MOST_TOKENS, activate
 from fp4compile.backends.triton.replay import Launches, Replay
 from fp4compile.formats import FORMATS
 from fp4compile.rowwise import FLAGGED
 
 _KERNELS = "packed_rowwise_kernels"
-# Tokens from which on this is faster than reading codes in the GEMM: counted, not measured. For 28672 x 4096 on an H100
-# 65 us of decoding (1.56 bytes an element at 2.8 TB/s), 0.20 us a token (1200 TFLOP/s) and 10 us of other launches,
-# where a packed GEMM of 256 tokens takes 118 us, and 128 more take half as long again.
-LEAST_TOKENS = 257
+# Tokens from which on this is taken, in the place of a weight decoded to bf16. On an H100 all but the decoding was
+# measured; with what that was counted to take, about 400 tokens are as fast in the GEMM that reads codes.
+LEAST_TOKENS = MOST_TOKENS + 1
 # Blocks of 16 rows at a time: 64 elements a thread.
 _STEP, _WARPS = 16, 4
 
@@ -75,7 +74,7 @@ def plan_decode(codes: Tensor, scales: Tensor, format: str, block_2d: bool) -> t
         codes.new_empty((ceil_div(rows, FLAGGED),), dtype=torch.uint8),
     )
     names = ("values_ptr", "scale_ptr", "exponents_ptr", "flags_ptr")
-    given = {"codes_ptr": codes, "scales_ptr": scales, **dict(zip(names, results, strict=True))}
+    given = {"words_ptr": viewed(codes, torch.int32), "scales_ptr": scales, **dict(zip(names, results, strict=True))}
     return [(_launch(rows, blocks, block, block if block_2d else 1), given)], results
 
 

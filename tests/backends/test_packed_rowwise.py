@@ -136,7 +136,9 @@ def test_compiles_for_hopper() -> None:
     given = {"codes": meta(4096, 2048, dtype=torch.uint8), "scales": meta(4096, 128, dtype=torch.uint8)}
     ((planned, tensors),) = packed_rowwise.plan_decode(**given, format=FORMAT, block_2d=False)[0]
     ptx = compiled(planned, tensors)
+    # A program writes 16 rows of 16 blocks at a time, 64 bytes a thread, all of them sixteen at once.
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert (ptx.count("st.global.v4.b32"), ptx.count("st.global.b16")) == (4, 1)  # and exponents two by two
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_what_calls_take_this_way() -> None:
     assert not _reason(good)
     a, b, scales, bias = (good[name] for name in ("a", "b", "b_scales", "bias"))
     for why, changes in {
-        "256 tokens are fewer than 257": {"a": a[1:]},
+        "511 tokens are fewer than 512": {"a": a[1:]},
         "not known to hold": {"a_holds": ""},
         "the weight's format": {"a_holds": "nvfp4"},
         "tensor scale": {"b_tensor_scale": torch.ones(())},
@@ -200,7 +202,7 @@ def test_a_packed_layer_says_what_it_has_quantised(given: Operand | None, monkey
         assert torch.equal(OPS["fake_quantize"].reference(x, FORMAT, -1), x)
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(300, KERNEL.name), (256, "triton/packed_mm")])
+@pytest.mark.parametrize(("tokens", "kernel"), [(512, KERNEL.name), (511, "triton/packed_mm")])
 def test_a_report_names_the_kernel(tokens: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a machine with a GPU writes it, of a loaded model without data."""
     monkeypatch.setattr(table, "available", lambda least=None: Yes())
@@ -228,7 +230,7 @@ class TestOnGpu:
         import fp4compile  # noqa: F401 - installs the kernels
 
         for weight in (randn(528, 1024), weights()["many binades"][0].nan_to_num()[:64]):
-            given = call(weight, 300, activation)
+            given = call(weight, 600, activation)
             on_gpu = moved(given, "cuda")
             assert KERNEL.supports(on_gpu) == Yes()
             assert_close(OPS["mm"].overload(**on_gpu), OPS["mm"].reference(**given), given)
