@@ -4,6 +4,7 @@ if __name__ != "fp4compile.passes":
     raise ImportError("import fp4compile.passes, not the top-level folder: a second copy would register its ops twice")
 
 from fp4compile.passes.absorb import Absorb
+from fp4compile.passes.activate import Activate
 from fp4compile.passes.annotate import Annotate
 from fp4compile.passes.canonicalise import Canonicalise
 from fp4compile.passes.find_sites import FindSites
@@ -39,6 +40,7 @@ PIPELINE = (
     Pack(),
     RescaleGroups(),  # before rescale, which reports the grouped GEMMs that are left
     Rescale(),  # after pack: FP4 tensor cores are faster still
+    Activate(),  # after pack: what multiplies packed activations applies none
     Pair(),  # what is left of fake quantisation is read from one tensor
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
     Legalise(),
@@ -48,6 +50,7 @@ PIPELINE = (
 __all__ = [
     "PIPELINE",
     "Absorb",
+    "Activate",
     "Annotate",
     "Canonicalise",
     "FindSites",
