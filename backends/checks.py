@@ -42,6 +42,13 @@ def scalars(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def unactivated(arguments: Mapping[str, Any]) -> str | None:
+    """A GEMM whose sums are the result."""
+    if arguments["activation"]:
+        return f"it applies no activation, as {arguments['activation']!r}"
+    return None if arguments["factor"] is None else "it multiplies its sums with no factor"
+
+
 def tensor_scales(arguments: Mapping[str, Any]) -> str | None:
     """Tensor scales of a GEMM's operands are single numbers in fp32."""
     for name in ("a_tensor_scale", "b_tensor_scale"):

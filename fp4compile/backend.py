@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fp4compile.errors import FP4ValueError, unknown
 
 if TYPE_CHECKING:
     from fp4compile.pipeline import Context
+    from fp4compile.report import Report
 
 GROUP = "fp4compile.backends"
 
@@ -100,9 +101,8 @@ class Backend(ABC):
         """Arguments of `torch.compile` that lower a graph as this backend does, with no GEMM in FP4."""
         return {"backend": "inductor", "mode": mode}
 
-    def runtime_notes(self, kernels: Collection[str]) -> list[str]:
-        """What kernels that ran so far in this process have to report, of those that a report names; may wait for the
-        device."""
+    def runtime_notes(self, report: Report) -> list[str]:
+        """What kernels that a report names have to say of their runs in this process; may wait for the device."""
         return []
 
     def kernel_for(self, op: str, arguments: Mapping[str, Any], device: str) -> tuple[str, list[str]]:

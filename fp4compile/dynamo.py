@@ -91,8 +91,7 @@ class Ledger:
         if report and self._backend:
             report.notes += report.cache_notes()
             report.notes += graph_break_notes(graph_breaks() - self._breaks)
-            named = {kernel for site in report.sites for kernel in site.kernel.split(" + ")}
-            report.notes += self._backend.runtime_notes(named)
+            report.notes += self._backend.runtime_notes(report)
         return report
 
 

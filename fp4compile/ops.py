@@ -149,10 +149,13 @@ _ROWS = (
         samples.hadamard,
     ),
     Op(
+        # With dense values `a_holds` may name a format that all of them are of, in blocks along K, without a tensor
+        # scale: they are fake-quantised, and a kernel may take them apart again.
         "mm",
         "(Tensor a, Tensor b, Tensor? bias=None, Tensor? a_scales=None, Tensor? b_scales=None, "
         "Tensor? a_tensor_scale=None, Tensor? b_tensor_scale=None, str a_format='', str b_format='', "
-        "bool b_block_2d=False, SymInt k=-1, ScalarType? dtype=None) -> Tensor",
+        "bool b_block_2d=False, SymInt k=-1, ScalarType? dtype=None, str activation='', Tensor? factor=None, "
+        "str a_holds='') -> Tensor",
         reference.mm,
         reference.mm_fake,
         samples.mm,
@@ -262,9 +265,11 @@ def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _setup_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, bias, _, b_scales, a_ts, b_ts, _, b_format, b_block_2d, k, _ = inputs
+    a, b, bias, _, b_scales, a_ts, b_ts, _, b_format, b_block_2d, k, _, activation, factor, _ = inputs
     if not b_format:
         raise FP4ValueError("fp4compile.mm is differentiable only with a packed second operand (frozen weights)")
+    if activation or factor is not None:
+        raise FP4ValueError("fp4compile.mm with an activation or a factor has no gradient: apply them to the result")
     ctx.save_for_backward(b, b_scales, a_ts, b_ts)
     ctx.b_format, ctx.b_block_2d, ctx.k, ctx.a_dtype = b_format, b_block_2d, k, a.dtype
     ctx.bias = None if bias is None else (bias.dtype, bias.dim())
@@ -277,7 +282,7 @@ def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.bias is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias[0])
     grad_a = grad @ weight if a_ts is None else (grad @ weight) * a_ts
-    return (grad_a.to(ctx.a_dtype), None, grad_bias, *([None] * 9))
+    return (grad_a.to(ctx.a_dtype), None, grad_bias, *([None] * 12))
 
 
 # Quantisation is a staircase: its useful gradient is the straight-through one (Bengio et al., 2013).

@@ -211,6 +211,7 @@ class PackedLinear(PackedLayer):
             b_format=spec.format,
             b_block_2d=spec.block_2d,
             k=self.in_features,
+            a_holds=self.packed.input.format if self.packed.input else "",
         )
 
     def extra_repr(self) -> str:

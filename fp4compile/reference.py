@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp4compile import codec, grouped, rowwise
+from fp4compile.activations import activated, columns
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
 from fp4compile.hadamard import inverse_hadamard
@@ -346,8 +347,12 @@ def mm(
     b_block_2d: bool = False,
     k: int = -1,
     dtype: torch.dtype | None = None,
+    activation: str = "",
+    factor: Tensor | None = None,
+    a_holds: str = "",
 ) -> Tensor:
-    """The GEMM of dense or packed operands: fp32 products and sums, tensor scales and bias on them, one rounding."""
+    """The GEMM of dense or packed operands: fp32 products and sums, tensor scales, bias, activation and factor on
+    them, one rounding."""
     left = _dense(a, a_scales, a_format, k, False, torch.float32)
     right = _dense(b, b_scales, b_format, k, b_block_2d, torch.float32)
     out = left @ (right.mT if b_format else right)
@@ -355,6 +360,9 @@ def mm(
         out = out if scale is None else out * scale
     if bias is not None:
         out = out + bias.to(torch.float32)
+    out = activated(out, activation)
+    if factor is not None:
+        out = out * factor.to(torch.float32)
     return out.to(_product_dtype(a, a_format, dtype))
 
 
@@ -371,10 +379,13 @@ def mm_fake(
     b_block_2d: bool = False,
     k: int = -1,
     dtype: torch.dtype | None = None,
+    activation: str = "",
+    factor: Tensor | None = None,
+    a_holds: str = "",
 ) -> Tensor:
     """The shape rule of `mm`."""
-    columns = b.shape[-2] if b_format else b.shape[-1]
-    return a.new_empty([*a.shape[:-1], columns], dtype=_product_dtype(a, a_format, dtype))
+    outputs = columns(activation, b.shape[-2] if b_format else b.shape[-1])
+    return a.new_empty([*a.shape[:-1], outputs], dtype=_product_dtype(a, a_format, dtype))
 
 
 def grouped_mm_packed(

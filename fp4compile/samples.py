@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fp4compile import codec, reference, rowwise
+from fp4compile.activations import ACTIVATIONS
 from fp4compile.formats import FORMATS
 
 
@@ -244,6 +245,17 @@ def mm() -> Iterator[Mapping[str, Any]]:
             yield {"a": a, "bias": bias, **weight}
             yield {"a": a.bfloat16(), **weight}
             yield {"a": a_codes, "a_scales": a_scales, "a_format": name, **weight, "dtype": torch.bfloat16}
+        stacked, stacked_scales = reference.quantize(_tensor(34, 70, seed=1), name, -1)
+        weight = {"b": stacked, "b_scales": stacked_scales, "b_format": name, "k": 70}
+        for activation in ACTIVATIONS:
+            yield {"a": a, "bias": _tensor(34, seed=2), **weight, "activation": activation}
+            yield {"a": a.bfloat16()[None], "b_tensor_scale": scale, **weight, "activation": activation}
+        yield {
+            "a": a.bfloat16(),
+            **weight,
+            "activation": "silu",
+            "factor": _tensor(5, 34, dtype=torch.bfloat16, seed=3),
+        }
 
 
 def _ends() -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ if __name__ != "fp4compile.passes":
     raise ImportError("import fp4compile.passes, not the top-level folder: a second copy would register its ops twice")
 
 from fp4compile.passes.absorb import Absorb
+from fp4compile.passes.activate import Activate
 from fp4compile.passes.annotate import Annotate
 from fp4compile.passes.bundle import Bundle
 from fp4compile.passes.canonicalise import Canonicalise
@@ -40,6 +41,7 @@ PIPELINE = (
     Pack(),
     RescaleGroups(),  # before rescale, which reports the grouped GEMMs that are left
     Rescale(),  # after pack: FP4 tensor cores are faster still
+    Activate(),  # after pack: what multiplies packed activations applies none
     Pair(),  # what is left of fake quantisation is read from one tensor
     Bundle(),  # after pair and rescale, whose ops it takes apart where reading their input's own inputs is cheaper
     Absorb(),  # last: into whatever op now reads a tensor to quantise it
@@ -50,6 +52,7 @@ PIPELINE = (
 __all__ = [
     "PIPELINE",
     "Absorb",
+    "Activate",
     "Annotate",
     "Bundle",
     "Canonicalise",

@@ -1,8 +1,12 @@
-"""Ask the backend's kernels who will run each op, and write the answer on the sites. The graph stays as it is."""
+"""Ask the backend's kernels who will run each op, and write the answer on the sites. The graph stays as it is.
+
+GEMMs of a loaded model, whose weights no pass has packed, are no sites: a note says what runs them.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +14,10 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from fp4compile.graph import MOVES
-from fp4compile.ops import BY_OVERLOAD
+from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.pipeline import Context
+
+_PACKED = tuple(OPS[name].overload for name in ("mm", "grouped_mm_packed"))
 
 
 def _ops_of(node: Node) -> Iterator[Node]:
@@ -45,6 +51,9 @@ class Legalise:
                     chosen[node] = self._kernel(node, context)
                 if chosen[node] not in site.kernels:
                     site.kernels.append(chosen[node])
+        found = (node for op in _PACKED for node in graph_module.graph.find_nodes(op="call_function", target=op))
+        held = Counter(self._kernel(node, context) for node in found if node not in chosen)
+        context.notes += [f"{count} GEMMs with weights that the model holds packed: {k}" for k, count in held.items()]
         return 0
 
     def _kernel(self, node: Node, context: Context) -> str:

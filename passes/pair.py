@@ -115,7 +115,7 @@ def _rewrite(graph: Graph, nodes: tuple[Node, Node], make: _Make, context: Conte
 
 @dataclass(frozen=True)
 class Pair:
-    """Read a tensor once for both of its quantisations, and for both of its scales, where the backend has a kernel."""
+    """Read a tensor once for both of its quantisations, and once for both of its scales."""
 
     name: ClassVar[str] = "pair"
     needs: ClassVar[tuple[str, ...]] = ("fused",)

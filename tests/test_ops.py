@@ -113,7 +113,7 @@ def test_opcheck_with_gradients(name):
         if (
             sample.get("hadamard")
             or sample.get("producer")
-            or (name == "mm" and ("b_format" not in sample or "a_format" in sample))
+            or (name == "mm" and ("b_format" not in sample or "a_format" in sample or "activation" in sample))
         ):
             continue  # have no gradient
         first = "x" if name == "fake_quantize" else "a"
@@ -201,6 +201,24 @@ def test_mm_without_a_packed_weight_has_no_gradient():
     a, b = randn(5, 70).requires_grad_(), randn(70, 9)
     with pytest.raises(FP4ValueError, match="packed second operand"):
         torch.ops.fp4compile.mm(a, b)
+
+
+def test_mm_with_an_activation_has_no_gradient():
+    packed, _ = packed_weight("hif4", False)
+    for options in ({"activation": "silu"}, {"factor": randn(5, 9)}):
+        with pytest.raises(FP4ValueError, match="an activation or a factor has no gradient"):
+            torch.ops.fp4compile.mm(randn(5, 70).requires_grad_(), **options, **packed)
+
+
+@pytest.mark.parametrize(
+    ("activation", "what"), [("sillu", "unknown activation 'sillu'.* 'silu'"), ("swiglu", "9 rows .* no two parts")]
+)
+def test_mm_says_which_activations_there_are(activation, what):
+    packed, _ = packed_weight("hif4", False)
+    for device in ("cpu", "meta"):
+        given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in packed.items()}
+        with pytest.raises(FP4ValueError, match=what):
+            torch.ops.fp4compile.mm(torch.zeros(5, 70, device=device), activation=activation, **given)
 
 
 def test_a_tensor_scale_outside_the_operand_reaches_the_gradient():

@@ -113,7 +113,9 @@ def test_a_wrong_order_is_an_error() -> None:
 def test_select() -> None:
     names = ["canonicalise", "find_sites"]
     assert Pipeline(PIPELINE).select(names).passes == tuple(PASSES[name] for name in names)
-    with pytest.raises(FP4ValueError, match=r"unknown pass 'fuze'; allowed: absorb, annotate.*Did you mean 'fuse'"):
+    with pytest.raises(
+        FP4ValueError, match=r"unknown pass 'fuze'; allowed: absorb, activate, annotate.*Did you mean 'fuse'"
+    ):
         Pipeline(PIPELINE).select(["fuze"])
     with pytest.raises(FP4ValueError, match="pass 'fuse' needs"):
         Pipeline(PIPELINE).select(["fuse"])

@@ -6,7 +6,7 @@ partitioned; everything around the FP4 operands is compiled as it is for BF16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fp4compile.backends.inductor.direct import write_direct_calls
 from fp4compile.backends.inductor.halves import HalfCompiler
 from fp4compile.dispatch import install_kernels
 from fp4compile.pipeline import Context, default_pipeline, fingerprint
+from fp4compile.report import Report
 
 
 class _JointPass(CustomGraphPass):
@@ -51,8 +52,10 @@ class InductorBackend(Backend):
     kernels = cpu.KERNELS + triton.KERNELS
     caches_weights = True
 
-    def runtime_notes(self, kernels: Collection[str]) -> list[str]:
-        return triton.rowwise.notes() if any(kernel.endswith("mm_rowwise") for kernel in kernels) else []
+    def runtime_notes(self, report: Report) -> list[str]:
+        # Notes name the kernels of weights that a loaded model holds packed.
+        named = (*(site.kernel for site in report.sites), *report.notes)
+        return triton.rowwise.notes() if any("mm_rowwise" in each for each in named) else []
 
     def compile(
         self,

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4compile.activations import activated
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
 from fp4compile.codec import E4M3_MAX, e6m2_max, e8m0_up_from
@@ -450,13 +451,20 @@ def mm(
     b_block_2d: bool,
     k: int,
     dtype: torch.dtype | None,
+    activation: str = "",
+    factor: Tensor | None = None,
+    a_holds: str = "",
 ) -> Tensor:
-    """The op `mm`: operands decoded to fp32, scales and bias on the fp32 product, one rounding at the end."""
+    """The op `mm`: operands decoded to fp32, scales, bias, activation and factor on the fp32 product, one rounding at
+    the end."""
     out = _product(_operand(a, a_scales, a_format, k, False), b, b_scales, b_format, b_block_2d, k)
     for scale in (a_tensor_scale, b_tensor_scale):
         out = out if scale is None else out * scale
     if bias is not None:
         out = out + bias.to(torch.float32)
+    out = activated(out, activation)
+    if factor is not None:
+        out = out * factor.to(torch.float32)
     return out.to(dtype or a.dtype)
 
 

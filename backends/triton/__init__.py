@@ -5,7 +5,7 @@
 Kernels that quantise or decode are equal bit for bit to the reference, GEMMs up to the order of
 their fp32 sums, and grouped ones under tensor scales to one rounding more.
 
-    X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise
+    X.py            from an op's arguments to launches of X_kernels.py: codec, packed, rowwise, packed_rowwise
     arithmetic.py   what the kernels share; launch.py: what the launches share; replay.py: calls that repeat
     gemm, native    GEMMs of cuBLAS; grouped, grouped_rowwise: torch's GEMMs of groups
     produce         producers as Triton functions
@@ -27,7 +27,17 @@ from torch import Tensor
 
 from fp4compile.backend import Answer, Kernel, No, Yes
 from fp4compile.backends import checks
-from fp4compile.backends.triton import codec, gemm, grouped, grouped_rowwise, native, packed, produce, rowwise
+from fp4compile.backends.triton import (
+    codec,
+    gemm,
+    grouped,
+    grouped_rowwise,
+    native,
+    packed,
+    packed_rowwise,
+    produce,
+    rowwise,
+)
 from fp4compile.backends.triton.replay import Plan, Replay
 
 Bind = Callable[[Mapping[str, Any]], Callable[..., Any]]
@@ -197,11 +207,15 @@ _OPTIONS_OF_ROWS = (checks.scale_rule, _transform_size, checks.rounding)
 KERNELS: tuple[Kernel, ...] = (
     _kernel(
         "cublas/fp4_mm", "mm", native.mm,
-        _on_one_gpu, native.packed_operands, native.sizes, checks.scalars,
+        _on_one_gpu, native.packed_operands, native.sizes, checks.scalars, checks.unactivated,
         least=native.LEAST_CAPABILITY, packed=True,
     ),
+    _bound(
+        "cublas/packed_mm_rowwise", "mm", packed_rowwise.bind_mm,
+        _on_one_gpu, packed.operands, packed_rowwise.operands, packed_rowwise.tokens, least=rowwise.LEAST_CAPABILITY,
+    ),
     _kernel("triton/packed_mm", "mm", packed.mm, _on_one_gpu, packed.operands),
-    _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands),
+    _kernel("cublas/mm", "mm", gemm.mm, _on_one_gpu, gemm.available, gemm.dense_operands, checks.unactivated),
     _kernel(
         "triton/grouped_mm_packed", "grouped_mm_packed", packed.grouped_mm, _on_one_gpu, packed.operands_of_groups
     ),

@@ -137,6 +137,9 @@ def mm(
     b_block_2d: bool,
     k: int,
     dtype: torch.dtype | None,
+    activation: str,
+    factor: None,
+    a_holds: str,
 ) -> Tensor:
     """The op `mm` on dense operands: fp32 accumulation, the scale, the bias, one rounding."""
     dtype = dtype or a.dtype

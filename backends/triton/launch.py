@@ -149,6 +149,14 @@ def kept_zeros(kept: dict[torch.device, Tensor], size: int, dtype: torch.dtype, 
     return found
 
 
+def viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same memory seen as another dtype; a copy where x begins at no whole element of it."""
+    if x.dtype == dtype:
+        return x
+    begins_whole = x.storage_offset() * x.itemsize % dtype.itemsize == 0
+    return (x if begins_whole else x.clone()).view(dtype)
+
+
 # --- integers --------------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,9 @@ def mm(
     b_block_2d: bool,
     k: int,
     dtype: torch.dtype,
+    activation: str,
+    factor: None,
+    a_holds: str,
 ) -> Tensor:
     """The op `mm` on packed operands."""
     level = FORMATS[a_format].levels[0]

@@ -23,10 +23,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fp4compile.activations import ACTIVATIONS, activated, columns
 from fp4compile.backend import No
 from fp4compile.backends import checks
 from fp4compile.backends.triton import codec
-from fp4compile.backends.triton.launch import capturing, ceil_div, current, kernels, lasting_zeros, round_up
+from fp4compile.backends.triton.launch import (
+    capturing,
+    ceil_div,
+    current,
+    kernels,
+    lasting_zeros,
+    round_up,
+    viewed,
+)
 from fp4compile.formats import E2M1, FORMATS, S1P2
 
 _KERNELS = "packed_kernels"
@@ -253,6 +262,7 @@ class Plan:
         steps: of each slice of K, or units of a tile (`overlapped`).
         overlap: whether launches may start before those in front of them are done (sm_90).
         programs: that share all units evenly (`overlapped`).
+        activation: of the sums.
     """
 
     cut: Cut
@@ -261,12 +271,35 @@ class Plan:
     steps: int
     overlap: bool
     programs: int = 0
+    activation: str = ""
+
+
+def activating(activation: str, module: str = "activation_kernels") -> dict[str, Any]:
+    """The constants of a kernel that applies an activation, "" for none, by the functions of a module."""
+    if not activation:
+        return {"ACTIVATE": None, "GATED": False}
+    row = ACTIVATIONS[activation]
+    return {"ACTIVATE": kernels(module).FUNCTIONS[row.function], "GATED": row.gated}
+
+
+def _places(n: int, activation: str) -> int:
+    """Rows of tiles that n rows of a weight take: of a gated activation in sixteens, half of its either part."""
+    return 16 * ceil_div(n // 2, 8) if activation and ACTIVATIONS[activation].gated else n
 
 
 def plan(
-    cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, overlap: bool, plain: bool, multiprocessors: int = 1
+    cut: Cut,
+    m: int,
+    n: int,
+    k: int,
+    format: str,
+    block_2d: bool,
+    overlap: bool,
+    plain: bool,
+    multiprocessors: int = 1,
+    activation: str = "",
 ) -> Plan:
-    """The plan of a GEMM of m tokens and n outputs over k columns, cut as given.
+    """The plan of a GEMM of m tokens with a weight of n rows and k columns, cut as given.
 
     Args:
         overlap: whether the device can overlap launches.
@@ -277,13 +310,14 @@ def plan(
     assert not isinstance(constants, No)
     block = constants["BLOCK"]
     padded = round_up(k, block)
-    columns = round_up(k, _RUNS[cut.kernel]) if cut.kernel in _RUNS else k
+    width = round_up(k, _RUNS[cut.kernel]) if cut.kernel in _RUNS else k
     steps, even = cut.steps(padded)
     edge = block if block_2d else 1
     if cut.kernel == "overlapped":
         tile = {"BN": cut.rows, "BM": cut.tokens, "WARPS": cut.warps, "STAGES": cut.stages}
-        programs = min(multiprocessors, math.prod(cut.grid(m, n)) * steps)
-        return Plan(cut, {**constants, **tile, "EVEN": even, "EDGE": edge}, columns, steps, overlap, programs)
+        programs = min(multiprocessors, math.prod(cut.grid(m, _places(n, activation))) * steps)
+        own = {**activating(activation, _HOPPER_KERNELS), "EVEN": even, "EDGE": edge}
+        return Plan(cut, {**constants, **tile, **own}, width, steps, overlap, programs, activation)
     own = {"OVERLAP": overlap} if cut.kernel == "many_tokens" else {
         "GROUPS": cut.warps // cut.slices,
         "SLICES": cut.slices,
@@ -291,12 +325,13 @@ def plan(
         "EXPERTS": 0,
     }  # fmt: skip
     tile = {"BN": cut.rows, "BM": cut.tokens, "BK": cut.k, "STAGES": cut.stages, "PARTS": cut.parts}
-    whole = even and columns == padded
+    whole = even and width == padded
     # Four scales of a byte in a load, where rows of them and steps are whole words.
     in_words = constants["SCALING"] != "e6m2" and padded % (4 * block) == 0 and cut.k % (4 * block) == 0
     unit = 4 * block if in_words else block
-    all_constants = {**constants, **tile, **own, "UNIT": unit, "EDGE": edge, "EVEN": whole, "PLAIN": plain}
-    return Plan(cut, all_constants, columns, steps, overlap and cut.kernel == "many_tokens")
+    own |= {"UNIT": unit, "EDGE": edge, "EVEN": whole, "PLAIN": plain, **activating(activation)}
+    overlap = overlap and cut.kernel == "many_tokens"
+    return Plan(cut, {**constants, **tile, **own}, width, steps, overlap, activation=activation)
 
 
 def on_hopper(index: int) -> bool:
@@ -306,15 +341,15 @@ def on_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index)[0] == _HOPPER and triton.__version__.startswith(_GLUON)
 
 
-def planned(cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan:
+def planned(cut: Cut, m: int, n: int, k: int, format: str, block_2d: bool, index: int, activation: str = "") -> Plan:
     """The plan of a GEMM on CUDA device number `index`."""
     overlap = torch.cuda.get_device_capability(index) >= _OVERLAPS
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-    return plan(cut, m, n, k, format, block_2d, overlap, False, multiprocessors)
+    return plan(cut, m, n, k, format, block_2d, overlap, False, multiprocessors, activation)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> Plan | None:
+def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int, activation: str = "") -> Plan | None:
     """The plan that a CUDA device runs: a measured cut where there is one, else the table's, if it has one."""
     from fp4compile.backends.triton import tune  # which measures with what is above
 
@@ -325,7 +360,7 @@ def _chosen(m: int, n: int, k: int, format: str, block_2d: bool, index: int) -> 
         cut = default(m, n, k, format, device.multi_processor_count, shared, on_hopper(index))
     if cut is None:
         return None
-    return planned(cut, m, n, k, format, block_2d, index)
+    return planned(cut, m, n, k, format, block_2d, index, activation)
 
 
 def forget() -> None:
@@ -359,15 +394,20 @@ def multiply(
     b_tensor_scale: Tensor | None,
     planned: Plan,
     dtype: torch.dtype,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, N] in `dtype`."""
+    """The GEMM of x [M, K], rows contiguous, with a contiguous packed weight: [M, outputs] in `dtype`.
+
+    Args:
+        factor: [M, outputs], contiguous.
+    """
     (m, _), n, cut = x.shape, codes.shape[0], planned.cut
-    y = x.new_empty((m, n), dtype=dtype)
+    y = x.new_empty((m, columns(planned.activation, n)), dtype=dtype)
     if cut.kernel in _RUNS:
         x = _arrange(x, planned)
     bias = None if bias is None else bias.contiguous()
     run = _multiply_in_shares if cut.kernel == "overlapped" else _multiply_in_parts
-    run(x, codes, scales, y, bias, a_tensor_scale, b_tensor_scale, planned)
+    run(x, codes, scales, y, bias, a_tensor_scale, b_tensor_scale, factor, planned)
     return y
 
 
@@ -379,18 +419,19 @@ def _multiply_in_shares(
     bias: Tensor | None,
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
+    factor: Tensor | None,
     planned: Plan,
 ) -> None:
-    (m, n), cut, programs = y.shape, planned.cut, planned.programs
+    (m, n), cut, programs = (y.shape[0], codes.shape[0]), planned.cut, planned.programs
     module = kernels(_HOPPER_KERNELS)
-    tiles = math.prod(cut.grid(m, n))
+    tiles = math.prod(cut.grid(m, _places(n, planned.activation)))
     partial = counted = None
     if tiles % programs != 0:  # some are shared: each program leaves parts of two tiles at most
         partial = x.new_empty((2 * programs * cut.tile,), dtype=torch.float32)
         counted = counts(x.device, tiles)
-    words, scale_words = codes.view(torch.int32), scales.view(torch.int32)
+    words, scale_words = viewed(codes, torch.int32), viewed(scales, torch.int32)
     module.overlapped[(programs,)](
-        module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale,
+        module.described(x, cut.tokens), words, scale_words, y, bias, a_tensor_scale, b_tensor_scale, factor,
         partial, counted, m, n, words.shape[1], scale_words.shape[1], planned.steps, tiles * planned.steps,
         **planned.constants, num_warps=cut.warps, **_options(planned),
     )  # fmt: skip
@@ -404,11 +445,13 @@ def _multiply_in_parts(
     bias: Tensor | None,
     a_tensor_scale: Tensor | None,
     b_tensor_scale: Tensor | None,
+    factor: Tensor | None,
     planned: Plan,
     ends: Tensor | None = None,
 ) -> None:
-    (m, n), cut = y.shape, planned.cut
-    grid = cut.grid(m if ends is None else _most_tiles(m, ends.shape[0], cut.tokens) * cut.tokens, n)
+    (m, n), cut = (y.shape[0], codes.shape[-2]), planned.cut
+    places = _places(n, planned.activation)
+    grid = cut.grid(m if ends is None else _most_tiles(m, ends.shape[0], cut.tokens) * cut.tokens, places)
     partial = counted = None
     if cut.parts > 1:
         tiles = grid[0] * grid[1]
@@ -421,11 +464,11 @@ def _multiply_in_parts(
         steps = tl.constexpr(steps)  # the interpreter counts no loop to a number it has wrapped
     kernel = getattr(kernels(_KERNELS), cut.kernel)[grid]
     unit = planned.constants["UNIT"]
-    units, words = codes.shape[-1] * 2 // unit, codes.view(torch.int32)
+    units, words = codes.shape[-1] * 2 // unit, viewed(codes, torch.int32)
     if unit > planned.constants["BLOCK"]:
-        scales = scales.view(torch.int32)
+        scales = viewed(scales, torch.int32)
     kernel(
-        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, partial, counted,
+        x, words, scales, y, bias, a_tensor_scale, b_tensor_scale, factor, partial, counted,
         M=m, N=n, K=planned.columns, x_stride=x.stride(0), units=units, steps=steps,
         **({"ends_ptr": ends} if cut.kernel == "few_tokens" else {}),
         **planned.constants, num_warps=cut.warps, **_options(planned),
@@ -469,7 +512,7 @@ def multiply_grouped(
 ) -> Tensor:
     """As `grouped_mm`, of contiguous operands and cut as given."""
     y = x.new_zeros((x.shape[0], codes.shape[1]), dtype=dtype)
-    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, planned, ends)
+    _multiply_in_parts(x, codes, scales, y, None, a_tensor_scale, b_tensor_scale, None, planned, ends)
     return y
 
 
@@ -555,7 +598,26 @@ def operands(arguments: Mapping[str, Any]) -> str | None:
     bias = arguments["bias"]
     if bias is not None and tuple(bias.shape) != (b.shape[0],):
         return f"the bias is {tuple(bias.shape)}, not one number per row of the weight"
+    activation = arguments["activation"]
+    if activation and (activation not in ACTIVATIONS or (ACTIVATIONS[activation].gated and b.shape[0] % 2)):
+        return f"there is no activation {activation!r} of {b.shape[0]} rows"
+    factor, shape = arguments["factor"], (*a.shape[:-1], columns(activation, b.shape[0]))
+    if factor is not None and (factor.dtype not in codec.DTYPES or tuple(factor.shape) != shape):
+        return f"the factor is {factor.dtype} {tuple(factor.shape)}, not fp32, bf16 or fp16 {shape}"
     return checks.tensor_scales(arguments)
+
+
+_ACTIVATED = {"BLOCK": 1024}  # outputs of a program: bound by memory, nothing to tune
+
+
+def activate(x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
+    """x [M, N], contiguous, or what the activation makes of it, times the factor, in its dtype: one launch."""
+    if not activation and factor is None:
+        return x
+    y = x.new_empty((x.shape[0], columns(activation, x.shape[1])))
+    grid = (x.shape[0], ceil_div(y.shape[1], _ACTIVATED["BLOCK"]))
+    kernels(_KERNELS).activate[grid](x, factor, y, y.shape[1], x.stride(0), **_ACTIVATED, **activating(activation))
+    return y
 
 
 def _dense(
@@ -568,14 +630,19 @@ def _dense(
     format: str,
     block_2d: bool,
     dtype: torch.dtype,
+    activation: str,
+    factor: Tensor | None,
 ) -> Tensor:
-    """The GEMM with the weight decoded first: exactly, to bf16 for bf16 operands and to fp32 for others."""
+    """The GEMM with the weight decoded first: exactly, to bf16 for bf16 operands and to fp32 for others.
+
+    Activation and factor are a launch of their own, of the result in `dtype`, as in eager PyTorch.
+    """
     exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     ops = torch.ops.fp4compile
     weight = ops.dequantize(codes, scales, None, format, -1, x.shape[1], block_2d, exact)
     # The op again: its kernel for dense operands adds split sums in fp32, where torch's own may add them in bf16.
     y: Tensor = ops.mm(x.to(exact), weight.t(), bias, None, None, a_tensor_scale, b_tensor_scale, dtype=dtype)
-    return y
+    return activate(y, activation, factor)
 
 
 def mm(
@@ -591,23 +658,33 @@ def mm(
     b_block_2d: bool,
     k: int,
     dtype: torch.dtype | None,
+    activation: str,
+    factor: Tensor | None,
+    a_holds: str,
 ) -> Tensor:
-    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, one rounding."""
+    """The op `mm` on a packed weight: fp32 accumulation, scales, bias, activation, factor, one rounding.
+
+    With more than `MOST_TOKENS` tokens, or not in bf16, sums are rounded in front of an activation, too.
+    """
     dtype = dtype or a.dtype
-    shape = (*a.shape[:-1], b.shape[0])
+    shape = (*a.shape[:-1], columns(activation, b.shape[0]))
     m, n = math.prod(a.shape[:-1]), b.shape[0]
     x = a.detach().reshape(m, k)
     if m == 0 or n == 0 or k == 0:
         y = a.new_zeros((m, n), dtype=torch.float32)
-        return (y if bias is None else y + bias).to(dtype).view(shape)
+        y = activated(y if bias is None else y + bias, activation).view(shape)
+        return (y if factor is None else y * factor).to(dtype)
     codes, scales = b.contiguous(), b_scales.contiguous()
+    if factor is not None:
+        factor = factor.contiguous().view(m, -1)
     with current(a.device):
         planned = None
         if m <= MOST_TOKENS and x.dtype == torch.bfloat16:
-            planned = _chosen(m, n, k, b_format, b_block_2d, a.device.index)
+            planned = _chosen(m, n, k, b_format, b_block_2d, a.device.index, activation)
         if planned is None:
-            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, b_format, b_block_2d, dtype)
+            more = (b_format, b_block_2d, dtype, activation, factor)
+            y = _dense(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, *more)
         else:
             x = x if x.stride(1) == 1 else x.contiguous()
-            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype)
+            y = multiply(x, codes, scales, bias, a_tensor_scale, b_tensor_scale, planned, dtype, factor)
     return y.view(shape)

@@ -26,10 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fp4compile.backends.triton.packed_kernels import _E2M1, _E4M3, _EVEN, _ONE, _TWO
+from fp4compile.backends.triton import activation_kernels
+from fp4compile.backends.triton.packed_kernels import _E2M1, _E4M3, _EVEN, _ONE, _TWO, row_at
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names of Triton 3.7 and 3.6
 _COLUMNS = gl.constexpr(256)  # of a unit: two steps of 128
+_row_at = gluon.jit(row_at.fn)
+FUNCTIONS = {name: gluon.jit(function.fn) for name, function in activation_kernels.FUNCTIONS.items()}
 
 
 def described(x, tokens):
@@ -209,6 +212,13 @@ def _copy(at, to, column, end, wanted, EVEN: gl.constexpr):
 
 
 @gluon.jit
+def _gated(acc, ROWS: gl.constexpr, BM: gl.constexpr, ACTIVATE: gl.constexpr):
+    """Sums [n, m] in the order of `row_at` -> the outputs [n / 2, m]."""
+    gate, up = gl.split(gl.permute(acc.reshape([ROWS // 16, 2, 8, BM]), (0, 2, 3, 1)))
+    return (ACTIVATE(gate) * up).reshape([ROWS // 2, BM])
+
+
+@gluon.jit
 def _write(
     acc,
     m,
@@ -219,12 +229,15 @@ def _write(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     ROWS: gl.constexpr,
     BM: gl.constexpr,
     WARPS: gl.constexpr,
     FACTOR: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    GATED: gl.constexpr,
 ):
-    """Scale sums [n, m], add the bias and store them to y [M, N]."""
+    """Scale sums [n, m], add the bias, apply activation and factor and store them to y [M, N]."""
     SUMS: gl.constexpr = _sums(BM, WARPS)
     acc *= FACTOR
     if a_ts_ptr is not None:
@@ -233,10 +246,22 @@ def _write(
         acc *= gl.load(b_ts_ptr)
     if bias_ptr is not None:
         at = n + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        acc += gl.load(bias_ptr + at, at < N, 0.0).to(gl.float32)[:, None]
-    OUT: gl.constexpr = _output(ROWS, WARPS) if y_ptr.dtype.element_ty.primitive_bitwidth == 16 else SUMS
+        acc += gl.load(bias_ptr + _row_at(at, N, GATED)).to(gl.float32)[:, None]
+    if GATED:
+        acc = _gated(acc, ROWS, BM, ACTIVATE)
+        n, N = n // 2, N // 2
+    elif ACTIVATE is not None:
+        acc = ACTIVATE(acc)
+    OUTPUTS: gl.constexpr = acc.shape[0]
+    DIRECT: gl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 32 and not GATED
+    OUT: gl.constexpr = SUMS if DIRECT else _output(OUTPUTS, WARPS)
+    if factor_ptr is not None:
+        row = n + gl.arange(0, OUTPUTS, gl.SliceLayout(1, OUT))[:, None]
+        token = m + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :]
+        factor = gl.load(factor_ptr + token.to(gl.int64) * N + row, (row < N) & (token < M), 0.0)
+        acc = gl.convert_layout(acc, OUT) * factor.to(gl.float32)
     y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
-    n = n + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))[:, None]
+    n = n + gl.arange(0, OUTPUTS, gl.SliceLayout(1, OUT))[:, None]
     m = m + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :]
     gl.store(y_ptr + m.to(gl.int64) * N + n, y, (n < N) & (m < M))
 
@@ -256,6 +281,7 @@ def _finish(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     total,
@@ -263,15 +289,21 @@ def _finish(
     BM: gl.constexpr,
     WARPS: gl.constexpr,
     FACTOR: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    GATED: gl.constexpr,
 ):
     """Write a tile. Of several programs of a tile, the one that is done last adds their sums, in the order of K.
 
     Counts are zero before and after: the last program leaves them so for the next launch.
     """
     if partial_ptr is None:  # noqa: SIM114 - known when it is compiled, unlike the next
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR)
+        _write(
+            acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED
+        )
     elif begins & ends:
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR)
+        _write(
+            acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, ROWS, BM, WARPS, FACTOR, ACTIVATE, GATED
+        )
     else:
         SUMS: gl.constexpr = _sums(BM, WARPS)
         programs = gl.num_programs(0)
@@ -291,7 +323,24 @@ def _finish(
                 for j in gl.static_range(AHEAD):
                     from_other = partial_ptr + (2 * (other + j)).to(gl.int64) * (ROWS * BM) + at
                     acc += gl.load(from_other, other + j <= last, 0.0, cache_modifier=".cg")
-            _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, ROWS, BM, WARPS, FACTOR)
+            _write(
+                acc,
+                m,
+                n,
+                M,
+                N,
+                y_ptr,
+                bias_ptr,
+                a_ts_ptr,
+                b_ts_ptr,
+                factor_ptr,
+                ROWS,
+                BM,
+                WARPS,
+                FACTOR,
+                ACTIVATE,
+                GATED,
+            )
             gl.store(counts_ptr + tile, 0)
 
 
@@ -316,6 +365,7 @@ def overlapped(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     M,
@@ -334,6 +384,8 @@ def overlapped(
     SCALING: gl.constexpr,
     ELEMENT: gl.constexpr,
     FACTOR: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    GATED: gl.constexpr,
 ):
     """A program's share of `total` units: tiles of BN outputs of BM tokens, `units` each.
 
@@ -367,8 +419,8 @@ def overlapped(
         end = gl.minimum(begin + stop - at, units)
         m = tile % tiles_m * BM
         n = tile // tiles_m * BN
-        codes_at = codes_ptr + gl.minimum(n + row, N - 1).to(gl.int64) * words + word
-        scales_at = scales_ptr + gl.minimum(n + row_s, N - 1).to(gl.int64) // EDGE * scale_words + word_s
+        codes_at = codes_ptr + _row_at(n + row, N, GATED).to(gl.int64) * words + word
+        scales_at = scales_ptr + _row_at(n + row_s, N, GATED).to(gl.int64) // EDGE * scale_words + word_s
         stage = done & 1
         mbarrier.expect(ready.index(stage), BM * _COLUMNS * 2)
         tma.async_copy_global_to_shared(x_desc, [m, begin * _COLUMNS], ready.index(stage), x.index(stage))
@@ -426,7 +478,7 @@ def overlapped(
             gdc_launch_dependents()
         _finish(
             acc, tile, units, begin == 0, end == units, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr,
-            partial_ptr, counts_ptr, total, BN, BM, WARPS, FACTOR,
+            factor_ptr, partial_ptr, counts_ptr, total, BN, BM, WARPS, FACTOR, ACTIVATE, GATED,
         )  # fmt: skip
         async_copy.wait_group(0)  # zeros too: copies that are not wanted
         _barrier()  # no warp reads the codes of this tile any more

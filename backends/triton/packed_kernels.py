@@ -176,46 +176,118 @@ def _loaded(pointer, never, SIZE: tl.constexpr):
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
+# The weight of a gated activation holds N / 2 rows of its gate, then as many of what the gate multiplies. Tiles take
+# eight rows from the one and eight from the other in turn: both parts of an output are sums of one thread.
 
 
 @triton.jit
-def _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR: tl.constexpr):
-    """Scale sums [n, m], add the bias and store them to y [M, N]."""
-    acc *= FACTOR
-    if a_ts_ptr is not None:
-        acc *= tl.load(a_ts_ptr)
-    if b_ts_ptr is not None:
-        acc *= tl.load(b_ts_ptr)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, n < N, 0.0).to(tl.float32)[:, None]
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), inside)
+def row_at(place, N, GATED: tl.constexpr):
+    """The weight's row that stands at a place of the tiles; behind the last one, the last."""
+    if GATED:
+        output = place // 16 * 8 + place % 8
+        return tl.minimum(output, N // 2 - 1) + place // 8 % 2 * (N // 2)
+    else:
+        return tl.minimum(place, N - 1)
 
 
 @triton.jit
-def _finish(
+def _gated(acc, ACTIVATE: tl.constexpr):
+    """Sums [n, m] in the order of `row_at` -> the outputs [n / 2, m]."""
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = acc.shape[1]
+    gate, up = tl.split(tl.permute(acc.reshape([ROWS // 16, 2, 8, COLUMNS]), (0, 2, 3, 1)))
+    return (ACTIVATE(gate) * up).reshape([ROWS // 2, COLUMNS])
+
+
+@triton.jit
+def _write(
     acc,
     m,
-    n,
+    start,
     M,
     N,
     y_ptr,
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
+    FACTOR: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Scale sums [n, m] of the places from `start` on, add the bias, apply activation and factor, store them to y."""
+    acc *= FACTOR
+    if a_ts_ptr is not None:
+        acc *= tl.load(a_ts_ptr)
+    if b_ts_ptr is not None:
+        acc *= tl.load(b_ts_ptr)
+    n = start + tl.arange(0, acc.shape[0])
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + row_at(n, N, GATED)).to(tl.float32)[:, None]
+    if GATED:
+        acc = _gated(acc, ACTIVATE)
+        n = start // 2 + tl.arange(0, acc.shape[0])
+        N = N // 2
+    elif ACTIVATE is not None:
+        acc = ACTIVATE(acc)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + m.to(tl.int64)[None, :] * N + n[:, None], inside, 0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def activate(
+    x_ptr,
+    factor_ptr,
+    y_ptr,
+    outputs,
+    x_stride,
+    BLOCK: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """The activation of rows of x, each of `outputs` or, gated, twice as many, times the factor: y [rows, outputs]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < outputs
+    x = tl.load(x_ptr + row * x_stride + at, inside, 0.0).to(tl.float32)
+    if ACTIVATE is not None:
+        x = ACTIVATE(x)
+    if GATED:
+        x *= tl.load(x_ptr + row * x_stride + outputs + at, inside, 0.0).to(tl.float32)
+    if factor_ptr is not None:
+        x *= tl.load(factor_ptr + row * outputs + at, inside, 0.0).to(tl.float32)
+    tl.store(y_ptr + row * outputs + at, x.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _finish(
+    acc,
+    m,
+    start,
+    M,
+    N,
+    y_ptr,
+    bias_ptr,
+    a_ts_ptr,
+    b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     ROWS: tl.constexpr,
     BM: tl.constexpr,
     PARTS: tl.constexpr,
     FACTOR: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Write a tile. Of several parts of K, the program that is done last adds all of them, always in the same order.
 
     Counts are zero before and after: the last program leaves them so for the next launch.
     """
     if PARTS == 1:
-        _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR)
+        _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, FACTOR, ACTIVATE, GATED)
     else:
         tiles = tl.num_programs(0) * tl.num_programs(1)
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -229,7 +301,7 @@ def _finish(
             acc = tl.load(at, cache_modifier=".cg")
             for part in tl.static_range(1, PARTS):
                 acc += tl.load(at + part * stride, cache_modifier=".cg")
-            _write(acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, FACTOR)
+            _write(acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, FACTOR, ACTIVATE, GATED)
             tl.store(counts_ptr + tile, 0)
 
 
@@ -285,6 +357,7 @@ def few_tokens(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     ends_ptr,
@@ -310,6 +383,8 @@ def few_tokens(
     ELEMENT: tl.constexpr,
     FACTOR: tl.constexpr,
     PLAIN: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     """GROUPS * BN outputs of BM tokens over one of PARTS parts of K; a warp contracts BN rows over one of SLICES of it.
@@ -333,7 +408,7 @@ def few_tokens(
     m = begin + tl.arange(0, BM)
     token = begin + tl.arange(0, TOKENS)[None, None, :, None]
     row = start + warp // SLICES * BN + tl.arange(0, BN)[None, :, None]
-    row = tl.minimum(row, N - 1).to(tl.int64)
+    row = row_at(row, N, GATED).to(tl.int64)
     step = (tl.program_id(2) * SLICES + warp % SLICES) * steps
     word = step * KW + tl.arange(0, KW)[None, None, :]
     block = step * UNITS + tl.arange(0, UNITS)[None, None, :]
@@ -365,10 +440,9 @@ def few_tokens(
         scales_at += UNITS
         x_at += BK
     acc = tl.sum(acc.reshape([GROUPS, SLICES, BN, BM]), axis=1).reshape([GROUPS * BN, BM])
-    n = start + tl.arange(0, GROUPS * BN)
     _finish(
-        acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
-        GROUPS * BN, BM, PARTS, FACTOR,
+        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, partial_ptr, counts_ptr,
+        GROUPS * BN, BM, PARTS, FACTOR, ACTIVATE, GATED,
     )  # fmt: skip
 
 
@@ -423,6 +497,7 @@ def many_tokens(
     bias_ptr,
     a_ts_ptr,
     b_ts_ptr,
+    factor_ptr,
     partial_ptr,
     counts_ptr,
     M,
@@ -445,6 +520,8 @@ def many_tokens(
     ELEMENT: tl.constexpr,
     FACTOR: tl.constexpr,
     PLAIN: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """BN outputs of BM tokens over one of PARTS parts of K."""
     KW: tl.constexpr = BK // 8
@@ -452,8 +529,8 @@ def many_tokens(
     words = units * (UNIT // 8)
     part = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    start = tl.program_id(1) * BN
+    row = row_at(start + tl.arange(0, BN), N, GATED).to(tl.int64)[:, None]
     word = part * steps * KW + tl.arange(0, KW)[None, :]
     block = part * steps * UNITS + tl.arange(0, UNITS)[None, :]
     k = part * steps * BK + tl.arange(0, BK)[None, :]
@@ -487,6 +564,6 @@ def many_tokens(
         scales_at += UNITS
         x_at += BK
     _finish(
-        acc, m, n, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, partial_ptr, counts_ptr,
-        BN, BM, PARTS, FACTOR,
+        acc, m, start, M, N, y_ptr, bias_ptr, a_ts_ptr, b_ts_ptr, factor_ptr, partial_ptr, counts_ptr,
+        BN, BM, PARTS, FACTOR, ACTIVATE, GATED,
     )  # fmt: skip

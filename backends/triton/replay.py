@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile.backends.triton.launch import Launch, is_current, run
+from fp4compile.backends.triton.launch import Launch, is_current, run, viewed
 
 # Launches with their arguments, in order.
 Launches = Sequence[tuple[Launch, Mapping[str, Any]]]
@@ -46,16 +46,8 @@ class _Step:
 
     def filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments of a call."""
-        viewed = {name: _as(tensors[n], dtype) for name, (n, dtype) in self.tensors.items()}
-        return {**self.given, **viewed}
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same memory seen as another dtype; a copy where x begins at no whole element of it."""
-    if x.dtype == dtype:
-        return x
-    begins_whole = x.storage_offset() * x.itemsize % dtype.itemsize == 0
-    return (x if begins_whole else x.clone()).view(dtype)
+        seen = {name: viewed(tensors[n], dtype) for name, (n, dtype) in self.tensors.items()}
+        return {**self.given, **seen}
 
 
 class Replay:

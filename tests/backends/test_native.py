@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fp4compile.backend import No
 from fp4compile.backends import triton as table
 from fp4compile.backends.triton import native
 from fp4compile.formats import FORMATS
@@ -32,6 +33,7 @@ def arguments(format: str, m: int, n: int, k: int, device: str = "cuda", block_2
     bound = OPS["mm"].signature.bind(
         a, b, None, a_scales, b_scales, scale, scale, format, format, block_2d, k, torch.bfloat16
     )
+    bound.apply_defaults()
     return dict(bound.arguments)
 
 
@@ -88,6 +90,8 @@ def test_it_needs_fp4_tensor_cores(capability: tuple[int, int], monkeypatch: pyt
     try:
         with FakeTensorMode():
             answer = KERNEL.supports(arguments("nvfp4", 32, 32, 64))
+            activated = KERNEL.supports({**arguments("nvfp4", 32, 32, 64), "activation": "silu"})
         assert (getattr(answer, "reason", "") == "") == (capability >= (10, 0))
+        assert isinstance(activated, No)
     finally:
         table.available.cache_clear()

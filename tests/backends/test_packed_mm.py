@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp4compile.activations import ACTIVATIONS, columns
 from fp4compile.backend import No, Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.triton import packed, tune
@@ -39,7 +40,15 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def call(
-    format: str, m: int, n: int, k: int, block_2d: bool = False, scaled: bool = False, biased: bool = False
+    format: str,
+    m: int,
+    n: int,
+    k: int,
+    block_2d: bool = False,
+    scaled: bool = False,
+    biased: bool = False,
+    activation: str = "",
+    by_factor: bool = False,
 ) -> dict[str, Any]:
     """All arguments of a call: bf16 tokens, and a weight whose rows differ in range."""
     weight = randn(n, k, seed=1) * randn(n, 1, seed=2).mul(2).exp()
@@ -55,6 +64,8 @@ def call(
         "b_format": format,
         "b_block_2d": block_2d,
         "k": k,
+        "activation": activation,
+        "factor": randn(2 * m, columns(activation, n), seed=4).bfloat16()[::2] if by_factor else None,
     }
     bound = inspect.signature(OPS["mm"].reference).bind(**given)
     bound.apply_defaults()
@@ -76,7 +87,30 @@ def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     y, size = a @ weight.T * factor, a.abs() @ weight.abs().T * abs(factor)
     if given["bias"] is not None:
         y, size = y + given["bias"].double(), size + given["bias"].double().abs()
-    return y, size * 2.0**-20
+    y, slack = behind(given["activation"], y, size * 2.0**-20)
+    factor = given["factor"]
+    return (y, slack) if factor is None else (y * factor.double(), slack * factor.double().abs())
+
+
+# No activation's slope exceeds that of GELU at sqrt(2).
+_STEEPEST = 1.13
+
+
+def behind(activation: str, sums: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation of sums that may be off by `slack`, in fp64, and how far one in fp32 may be from it.
+
+    Exponentials and error functions of fp32 are off by a few units of 2**-24, in GELU of numbers about one.
+    """
+    if not activation:
+        return sums, slack
+    row = ACTIVATIONS[activation]
+    y = row.of(sums)
+    if not row.gated:
+        return y, _STEEPEST * slack + sums.abs() * 2.0**-20
+    (gate, up), (of_gate, of_up) = sums.chunk(2, -1), slack.chunk(2, -1)
+    function = ACTIVATIONS[row.function].of(gate)
+    off = _STEEPEST * of_gate + gate.abs() * 2.0**-20
+    return y, off * (up.abs() + of_up) + function.abs() * of_up
 
 
 def assert_rounded_once(got: Tensor, given: dict[str, Any]) -> None:
@@ -98,9 +132,10 @@ def multiplied(given: dict[str, Any], cut: Cut, plain: bool, dtype: torch.dtype)
     overlap = not plain and torch.cuda.get_device_capability() >= (9, 0)
     processors = 4 if plain else torch.cuda.get_device_properties(0).multi_processor_count
     n = given["b"].shape[0]
-    planned = packed.plan(cut, m, n, k, format, given["b_block_2d"], overlap, plain, processors)
+    planned = packed.plan(cut, m, n, k, format, given["b_block_2d"], overlap, plain, processors, given["activation"])
     parts = (given[n] for n in ("a", "b", "b_scales", "bias", "a_tensor_scale", "b_tensor_scale"))
-    return packed.multiply(*parts, planned, dtype)
+    factor = None if given["factor"] is None else given["factor"].contiguous()
+    return packed.multiply(*parts, planned, dtype, factor)
 
 
 # Every kind of cut, small: slices in a program, parts among programs, both kernels.
@@ -128,6 +163,11 @@ def calls(format: str) -> Iterator[dict[str, Any]]:
     yield call(format, 5, 80, 200, biased=True, scaled=True)
     if FORMATS[format].block_2d:
         yield call(format, 5, 80, 200, block_2d=True)
+    for activation, (m, n, k) in zip(ACTIVATIONS, ((5, 37, 200), *SHAPES, (17, 272, 320), (1, 2, 64)), strict=True):
+        rows = n + n % 2 if ACTIVATIONS[activation].gated else n
+        yield call(format, m, rows, k, biased=m != 5, scaled=m == 7, activation=activation)
+    yield call(format, 7, 37, 500, activation="silu", by_factor=True)
+    yield call(format, 18, 90, 200, activation="reglu", by_factor=True)
 
 
 def one_hot(format: str) -> tuple[dict[str, Any], Tensor]:
@@ -228,6 +268,24 @@ def assert_nan_is_kept() -> None:
     assert torch.equal(got, weight.T[64:72, :32])
 
 
+def displaced(x: Tensor) -> Tensor:
+    """The same numbers, from the first whole element behind one byte more."""
+    memory = torch.empty(x.nbytes + x.itemsize, dtype=torch.uint8, device=x.device)
+    start = 1 if x.itemsize == 1 else x.itemsize
+    return memory[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def assert_codes_may_begin_at_any_byte() -> None:
+    """Read as 32-bit words, from a copy."""
+    for format in ("mxfp4", "hif4"):
+        given = call(format, 3, 16, 256)
+        given["a"] = given["a"].float()
+        moved_by_a_byte = {**given, "b": displaced(given["b"]), "b_scales": displaced(given["b_scales"])}
+        assert moved_by_a_byte["b"].data_ptr() % 4
+        expected = multiplied(given, SMALL[0], plain=True, dtype=torch.float32)
+        assert torch.equal(multiplied(moved_by_a_byte, SMALL[0], plain=True, dtype=torch.float32), expected)
+
+
 def assert_groups_agree(every: int) -> None:
     """Every n-th format, and squares."""
     cases = [(cut, grouped_call(n, 24, 136, scaled=n == "nvfp4")) for n, cut in zip(NAMES, SMALL, strict=False)]
@@ -238,11 +296,28 @@ def assert_groups_agree(every: int) -> None:
         assert_each_group_has_its_weight(got, given, ends)
 
 
+def assert_activations_of_many_tokens() -> None:
+    """Of the result that the dense GEMM has rounded, and rounded again."""
+    sums = randn(3, 2100).mul(4)
+    sums[0, 7] = sums[1, 2000] = math.nan
+    for activation in ACTIVATIONS:
+        expected, slack = behind(activation, sums.double(), torch.zeros(3, 2100))
+        got = packed.activate(sums, activation)
+        missing = expected.isnan()
+        assert torch.equal(got.isnan(), missing)
+        assert ((got.double() - expected).abs() <= slack + expected.abs() * 2.0**-23)[~missing].all()
+        factor = randn(*got.shape, seed=1)
+        assert torch.equal(packed.activate(sums, activation, factor).nan_to_num(), (got * factor).nan_to_num())
+    assert torch.equal(packed.activate(sums, "", sums).nan_to_num(), (sums * sums).nan_to_num())
+
+
 def interpret(every: int) -> None:
     """Every n-th pair of a cut and a call, on CPU tensors; only where Triton was imported with TRITON_INTERPRET=1."""
     assert_tokens_are_arranged()
     assert_nan_is_kept()
+    assert_codes_may_begin_at_any_byte()
     assert_groups_agree(every)
+    assert_activations_of_many_tokens()
     pairs = [(cut, given) for format in NAMES for given in calls(format) for cut in SMALL]
     for cut, given in pairs[::every]:
         # The interpreter cuts fp32 to bf16 instead of rounding it: fp32 results.
@@ -252,7 +327,7 @@ def interpret(every: int) -> None:
 
 @needs_triton
 def test_the_interpreter_agrees_with_the_reference() -> None:
-    interpret_apart(__name__, 7)
+    interpret_apart(__name__, 11)
 
 
 @needs_triton
@@ -271,7 +346,7 @@ _POINTERS = {
 }
 
 
-def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int = 0) -> Any:
+def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int = 0, activation: str = "") -> Any:
     """What Triton makes of a cut for a compute capability, ten times its number; n and k multiples of 16."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
@@ -279,12 +354,18 @@ def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int =
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    planned = packed.plan(cut, m, 4096, 4096, format, False, overlap=True, plain=False, multiprocessors=132)
+    planned = packed.plan(cut, m, 4096, 4096, format, False, True, False, 132, activation)
     if experts:
         planned = packed.plan_grouped(cut, experts, 4096, 4096, format, False, plain=False)
     evenly = cut.kernel == "overlapped"
     kernel = getattr(kernels("packed_hopper_kernels" if evenly else "packed_kernels"), cut.kernel)
-    absent = ["bias_ptr", "a_ts_ptr", "b_ts_ptr", *(["ends_ptr"] if cut.kernel == "few_tokens" and not experts else [])]
+    absent = [
+        "bias_ptr",
+        "a_ts_ptr",
+        "b_ts_ptr",
+        "factor_ptr",
+        *(["ends_ptr"] if cut.kernel == "few_tokens" and not experts else []),
+    ]
     constants = {**planned.constants, **dict.fromkeys(absent)}
     words = evenly or FORMATS[format].scale_dtype == torch.int32 or constants["UNIT"] > constants["BLOCK"]
     pointers = {**_POINTERS, "scales_ptr": "*i32" if words else "*u8"}
@@ -322,6 +403,25 @@ def test_groups_take_no_exchange_either(format: str) -> None:
     loop = compiled(cut, format, 8, experts=6).asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
     assert "ttg.local_alloc %" not in loop
     assert "ttg.convert_layout" not in loop
+
+
+@needs_triton
+@pytest.mark.parametrize("most", [1, 64])
+def test_both_halves_of_a_gate_are_sums_of_one_thread(most: int) -> None:
+    """A gated activation exchanges no more than the results of any GEMM, which are put in order to be stored."""
+    _, cut = packed.cuts(most, 4096, "hif4", on_hopper=False)[0]
+    plain, gated = (compiled(cut, "hif4", most, activation=name) for name in ("", "swiglu"))
+    exchanges = [code.asm["ttgir"].count("ttg.convert_layout") for code in (plain, gated)]
+    assert exchanges[0] == exchanges[1]
+    assert plain.metadata.shared == gated.metadata.shared
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_compile_in_even_shares(activation: str) -> None:
+    plain, result = (compiled(EVENLY[1], "hif4", 64, activation=name) for name in ("", activation))
+    assert result.asm["ttgir"].count("ttg.convert_layout") == plain.asm["ttgir"].count("ttg.convert_layout")
 
 
 @needs_triton
@@ -606,6 +706,10 @@ def test_declines_say_why() -> None:
         "are written": {"dtype": torch.int8},
         "b_tensor_scale": {"b_tensor_scale": torch.ones(2)},
         "one number per row": {"bias": torch.ones(3, 16)},
+        "no activation 'mish'": {"activation": "mish"},
+        "the factor is torch.bfloat16 (3, 15)": {"factor": torch.ones(3, 15).bfloat16()},
+        "not fp32, bf16 or fp16 (3, 8)": {"factor": torch.ones(3, 8).double(), "activation": "geglu"},
+        "of 15 rows": {"activation": "swiglu", "b": codes[:15], "b_scales": scales[:15]},
     }
     for word, changes in cases.items():
         reason = _answer(**changes)
@@ -722,6 +826,30 @@ class TestOnGpu:
             assert KERNEL.supports(on_gpu) == Yes()
             assert_rounded_once(KERNEL.run(**on_gpu), given)
 
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activations_at_any_number_of_tokens(self, activation: str) -> None:
+        """Sums of more tokens than the packed kernels take are rounded in front of the activation, too."""
+        for m in (0, 1, 2, 16, 33, 65, 300):
+            given = call("hif4", m, 1072, 1024, biased=m % 2 == 0, activation=activation, by_factor=m > 16)
+            assert_rounded_once(KERNEL.run(**moved(given)), given)
+        given = call("hif4", 600, 1072, 264, activation=activation)
+        sums = KERNEL.run(**moved({**given, "activation": ""}))
+        expected = packed.activate(sums, activation)
+        assert torch.equal(KERNEL.run(**moved(given)), expected)
+        exact_of_sums, slack = behind(activation, sums.double(), torch.zeros_like(sums, dtype=torch.float64))
+        error = (expected.double() - exact_of_sums).abs()
+        assert (error <= exact_of_sums.abs() * torch.finfo(torch.bfloat16).eps / 2 * 1.001 + slack).all()
+
+    @pytest.mark.parametrize("activation", ["silu", "geglu"])
+    @pytest.mark.parametrize("cut", EVENLY)
+    def test_activations_in_even_shares(self, cut: Cut, activation: str) -> None:
+        if not packed.on_hopper(0):
+            pytest.skip("not a Hopper GPU")
+        for m, n in ((5, 4144), (150, 4144), (33, 74)):
+            given = call("hif4", m, n, 4096, biased=True, activation=activation, by_factor=m != 5)
+            for dtype in (torch.bfloat16, torch.float32):
+                assert_rounded_once(multiplied(moved(given), cut, plain=False, dtype=dtype), given)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_other_dtypes(self, dtype: torch.dtype) -> None:
         given = {**call("hif4", 5, 72, 264), "a": randn(5, 264).to(dtype)}
@@ -766,6 +894,12 @@ class TestOnGpu:
                     graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(y, expected) for each in results for y in each)
+
+    @pytest.mark.parametrize("m", [1, 64, 300])
+    def test_codes_may_begin_at_any_byte(self, m: int) -> None:
+        on_gpu = moved(call("mxfp4", m, 528, 1024))
+        displaced_ = {**on_gpu, "b": displaced(on_gpu["b"]), "b_scales": displaced(on_gpu["b_scales"])}
+        assert torch.equal(KERNEL.run(**displaced_), KERNEL.run(**on_gpu))
 
     @pytest.mark.parametrize("format", NAMES)
     def test_groups(self, format: str) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,6 +27,7 @@ from fp4compile.backends.triton.replay import Replay
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
+from fp4compile.report import Report, SiteRecord
 from tests.backends.test_triton_kernels import (
     SM_100,
     arguments,
@@ -180,12 +183,15 @@ def test_other_formats_are_declined(format: str) -> None:
 
 def test_the_report_counts_the_exact_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowwise, "COUNTS", {})
-    kernels = ["triton/quantize_rowwise", "cublas/mm_rowwise"]
-    assert BACKEND.runtime_notes(kernels) == []
+    site = SiteRecord("up", "forward", "linear", "fp4", {}, kernel="triton/quantize_rowwise + cublas/mm_rowwise")
+    made = partial(Report, "mxfp4", "inductor", "cuda")
+    report, packed = made([site]), made(notes=["1 GEMMs that the model holds packed: cublas/packed_mm_rowwise"])
+    assert BACKEND.runtime_notes(report) == []
     devices = (torch.device("cpu"), torch.device("meta"))
     monkeypatch.setattr(rowwise, "COUNTS", {device: torch.tensor([1, 40]) for device in devices})
-    assert BACKEND.runtime_notes(kernels) == ["exact path taken by 2 of 80 row-wise scaled FP8 GEMMs so far"]
-    assert BACKEND.runtime_notes(["triton/fake_quantize", "inductor/aten.mm"]) == []
+    for named in (report, packed):
+        assert BACKEND.runtime_notes(named) == ["exact path taken by 2 of 80 row-wise scaled FP8 GEMMs so far"]
+    assert BACKEND.runtime_notes(made([replace(site, kernel="inductor/aten.mm")])) == []
 
 
 @pytest.mark.parametrize(("rounding", "launched"), [("nearest", [{0, 1}]), ("stochastic", [{0}, {1}])])

@@ -539,7 +539,7 @@ def test_both_axes_are_checked() -> None:
 
 def test_gemms_on_fp4_tensor_cores_come_first() -> None:
     gemms = [kernel.name for kernel in table.KERNELS if kernel.op == "mm"]
-    assert gemms == ["cublas/fp4_mm", "triton/packed_mm", "cublas/mm"]
+    assert gemms == ["cublas/fp4_mm", "cublas/packed_mm_rowwise", "triton/packed_mm", "cublas/mm"]
 
 
 CUSTOM = {

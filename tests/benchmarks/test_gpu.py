@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ from benchmarks.gpu.options import RECIPES, Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet
 from fp4compile.packed import PackedLinear
 from fp4compile.weight_cache import WeightCache
+from tests.claims import Claims, everything
+from tests.helpers import capture
 
 OF = {"device": "Some Device (TM) 80GB", "torch": "2.11", "triton": "3.6"}
 TINY = Shape(dim=64, hidden=128, heads=4, kv_heads=2, layers=3, vocabulary=40)
@@ -383,6 +386,15 @@ def test_packed_models_share_what_is_not_packed() -> None:
     assert generate.linear_bytes(twin) / generate.linear_bytes(model) == pytest.approx(4.5 / 16)
 
 
+def test_the_packed_gemm_of_gate_and_up_applies_the_swiglu() -> None:
+    twin = generate.packed(made(Llama, replace(TINY, joined=True), "cpu"), generate.RECIPE)
+    found = capture(twin.layers[0].mlp, (torch.zeros(2, 1, TINY.dim).bfloat16(),), generate.RECIPE, train=False)
+    found.context.backend = Claims(mm=everything)
+    found.until("activate")
+    assert [node.kwargs.get("activation") for node in found.calls("mm")] == ["swiglu", None]
+    assert not found.calls(torch.ops.aten.mul.Tensor)
+
+
 @pytest.fixture
 def short_generation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Few tokens of a tiny model, compiled without Inductor; returns how many graphs that took, at its end."""
@@ -396,7 +408,10 @@ def short_generation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         graphs.append(len(graph.graph.nodes))
         return graph
 
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compile_in_place(self, backend=backend, **given))
+    def compiled(self: nn.Module, **given: Any) -> None:
+        compile_in_place(self, **{**given, "backend": backend, "options": None})
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
     return graphs
 
 

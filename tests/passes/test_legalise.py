@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from fp4compile.backend import Answer, Backend, Kernel, No, Yes
+from fp4compile.packed import PackedLinear, PackedWeight
+from fp4compile.recipe import Operand
 from tests.helpers import Captured, capture, export, randn
 
 ASKED: list[Mapping[str, Any]] = []
@@ -55,6 +58,13 @@ def test_records_the_first_kernel_that_supports_the_op() -> None:
         "wgrad": ["wide/fake_quantize", "machine/aten.mm"],
     }
     assert captured.context.notes == []
+
+
+def test_notes_what_runs_weights_that_a_model_holds_packed() -> None:
+    row = PackedWeight((64, 64), 1, Operand("mxfp4"))
+    layers = [PackedLinear(row, row.pack(randn(64, 64)), None, torch.float32) for _ in range(2)]
+    captured = legal(capture(nn.Sequential(*layers), [randn(8, 64)], "mxfp4-w4a16", train=False).until("fuse"))
+    assert captured.context.notes == ["2 GEMMs with weights that the model holds packed: packed/mm"]
 
 
 def test_says_once_why_a_kernel_declined() -> None:
