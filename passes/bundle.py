@@ -78,11 +78,6 @@ class _Read:
         return cast(Node, self.given["x"])
 
     @property
-    def root(self) -> Node:
-        """What is quantised, below views."""
-        return below_views(self.x)
-
-    @property
     def group(self) -> tuple[Any, ...]:
         """What has to be the same of those that one op does."""
         return self.kind, self.x.meta["val"].dtype, *(self.given[name] for name in _KINDS[self.kind].shared)
@@ -130,11 +125,8 @@ def _read(node: Node, kind: str, given: dict[str, Any], first: int | None) -> _R
 # --- what to bundle --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The groups of a bundle, and how the tensors of each are computed."""
-
-    groups: list[tuple[list[_Read], Produced]]
+# Reads that one op does, and how their tensors are computed.
+_Groups = list[tuple[list[_Read], Produced]]
 
 
 def _width(nodes: Iterable[Node]) -> int:
@@ -170,8 +162,8 @@ def _bundles(members: Iterable[tuple[Node, list[_Read], Produced]]) -> Iterator[
         yield {root: reads for root, reads in reads_of.items() if ("made", root) in tied}
 
 
-def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) -> _Plan:
-    """How to bundle.
+def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) -> _Groups:
+    """The ops of a bundle.
 
     Args:
         alone: ops that `absorb` would have compute what they quantise.
@@ -201,10 +193,10 @@ def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) 
         raise Refused(f"{then} bytes an element are no less than {now}")
     _check_written(groups)
     _check_order(groups)
-    return _Plan(groups)
+    return groups
 
 
-def _check_written(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
+def _check_written(groups: _Groups) -> None:
     """Refuse a bundle that reads what would be written for it alone: what makes it is no function of a producer."""
     computed = set().union(*(produced.computed for _, produced in groups))
     for tensor in {tensor for _, produced in groups for tensor in produced.tensors}:
@@ -213,7 +205,7 @@ def _check_written(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
             raise Refused(f"{tensor} would have to be written")
 
 
-def _check_order(groups: Sequence[tuple[list[_Read], Produced]]) -> None:
+def _check_order(groups: _Groups) -> None:
     """Refuse a bundle of which one tensor is computed from what another one's quantisation leads to."""
     replaced = {read.node for reads, _ in groups for read in reads}
     stack = [node for _, produced in groups for node in produced.operands]
@@ -255,19 +247,22 @@ def _op(graph: Graph, reads: Sequence[_Read], produced: Produced) -> Node:
         return call(graph, op.overload, tuple(given[name] for name in required), like, **options)
 
 
-def _rewrite(graph: Graph, plan: _Plan, context: Context) -> int:
+def _rewrite(graph: Graph, groups: _Groups, context: Context) -> int:
     """Put the ops of all groups in place, if there is a kernel for each; their number."""
     made: list[Node] = []
     try:
-        for reads, produced in plan.groups:
+        for reads, produced in groups:
             made.append(_op(graph, reads, produced))
             if not context.has_kernel(made[-1]):
                 raise Refused("no kernel")
     except Refused:
-        for node in made:
+        for node, (_, produced) in zip(made, groups, strict=False):
+            matrix = cast(Node, node.args[0])
             graph.erase_node(node)
+            if matrix is not produced.operands[0] and not matrix.users:
+                graph.erase_node(matrix)
         return 0
-    for (reads, _), node in zip(plan.groups, made, strict=True):
+    for (reads, _), node in zip(groups, made, strict=True):
         parts = _KINDS[reads[0].kind].parts
         items = [node]
         if len(reads) * parts > 1:
@@ -275,7 +270,7 @@ def _rewrite(graph: Graph, plan: _Plan, context: Context) -> int:
                 items = [call(graph, operator.getitem, (node, n), node) for n in range(len(reads) * parts)]
         for i, read in enumerate(reads):
             read.replace(items[i * parts : (i + 1) * parts])
-    for node in {read.node for reads, _ in plan.groups for read in reads}:
+    for node in {read.node for reads, _ in groups for read in reads}:
         graph.erase_node(node)
     return len(made)
 
@@ -320,10 +315,10 @@ class Bundle:
             inside = [node for node in consumers if is_backward(node) is half]
             for bundle in list(_bundles(_members(inside, survey))):
                 try:
-                    plan = _plan(bundle, alone, survey)
+                    groups = _plan(bundle, alone, survey)
                 except Refused:
                     continue
-                done += _rewrite(graph, plan, context)
+                done += _rewrite(graph, groups, context)
         if done:
             _sort(graph)
         return done

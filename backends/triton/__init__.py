@@ -98,6 +98,11 @@ def _results(name: str, most: int) -> checks.Check:
     return results
 
 
+def _scale_of_each(arguments: Mapping[str, Any]) -> str | None:
+    missing = {arguments[f"tensor_scale_{i}"] is None for i in range(len(arguments["rounding"]))}
+    return "some have a tensor scale and some have none" if len(missing) > 1 else None
+
+
 def _one_transform(arguments: Mapping[str, Any]) -> str | None:
     sizes = set(arguments["hadamard"]) - {0}
     return f"transforms of sizes {sorted(sizes)}" if len(sizes) > 1 else None
@@ -228,7 +233,7 @@ KERNELS: tuple[Kernel, ...] = (
     _replayed(
         "triton/fake_quantize_each", "fake_quantize_each", codec.plan_fake_quantize_each,
         *_QUANTIZED, _matrix, _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
-        _of_each("rounding", checks.scalars, checks.rounding),
+        _of_each("rounding", checks.scalars, checks.rounding), _scale_of_each,
     ),
     _replayed(
         "triton/tensor_scale_each", "tensor_scale_each", codec.plan_tensor_scale_each,

@@ -517,6 +517,27 @@ def test_declines_say_why() -> None:
 
 
 @pytest.mark.usefixtures("anywhere")
+def test_each_tensor_is_checked() -> None:
+    with torch._subclasses.FakeTensorMode():
+        x, scale = torch.empty(64, 64, device="cuda"), torch.empty((), device="cuda")
+    two = "full full: t0 = mul.bfloat16(a0, a1); t1 = add.bfloat16(a0, a1) -> t0 t1"
+    sample = {"x": x, "p1": x, "format": "nvfp4", "axis": 1, "producer": two, "stream": [0, 0]}
+    sample["rounding"] = ["nearest"] * 2
+    kernel = KERNELS["fake_quantize_each"]
+    for more, reason in (
+        ({"rounding": ["nearest", "stochastic"]}, "stochastic rounding without a seed"),
+        ({"rounding": ["nearest"]}, "1 of 2 to 3"),
+        ({"rounding": ["nearest"] * 3}, "the producer makes 2 tensors, not 3"),
+        ({"tensor_scale_0": scale}, "some have a tensor scale and some have none"),
+        ({"tensor_scale_0": scale, "tensor_scale_1": x}, "is not one"),
+        ({"hadamard": 8}, "Hadamard size 8"),
+    ):
+        assert reason in _answer(kernel, **{**sample, **more}).reason
+    scales = {"x": x, "p1": x, "format": "nvfp4", "axis": 1, "producer": two}
+    assert "sizes [16, 32]" in _answer(KERNELS["tensor_scale_each"], **scales, hadamard=[16, 32]).reason
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_both_axes_are_checked() -> None:
     cases: dict[str, dict[str, Any]] = {
         "one of 16, 32, 64, 128": {"hadamard": [0, 512]},

@@ -172,6 +172,12 @@ def test_without_a_kernel_nothing_changes() -> None:
     assert found.run("bundle") == 0
     assert found.text == before
 
+    viewed = traced(lambda x, y, z: tuple(fq(h.view(16, 64)) for h in (x.view(2, 8, 64) * y.view(2, 8, 64), x - y)))
+    viewed.context.backend = found.context.backend
+    before = viewed.text
+    assert viewed.run("bundle") == 0
+    assert viewed.text == before
+
 
 def fq(x: Tensor, axis: int = 1, **options: Any) -> Tensor:
     return ops.fake_quantize(x, "hif4", axis, **options)
