@@ -119,8 +119,10 @@ def _transformed(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
-    bound = codec.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
-    return "arithmetic bounds it, so that two kernels are as fast" if bound else None
+    hadamard = arguments["hadamard"]
+    sizes = [hadamard] if isinstance(hadamard, int) else hadamard
+    bound = codec.arithmetic_bounds(arguments["rounding"], sizes)
+    return "arithmetic bounds it, so that kernels one by one are as fast" if bound else None
 
 
 def _of_each(name: str, *required: checks.Check) -> checks.Check:
@@ -233,7 +235,7 @@ KERNELS: tuple[Kernel, ...] = (
     _replayed(
         "triton/fake_quantize_each", "fake_quantize_each", codec.plan_fake_quantize_each,
         *_QUANTIZED, _matrix, _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
-        _of_each("rounding", checks.scalars, checks.rounding), _scale_of_each,
+        _of_each("rounding", checks.scalars, checks.rounding), _scale_of_each, _one_launch_pays,
     ),
     _replayed(
         "triton/tensor_scale_each", "tensor_scale_each", codec.plan_tensor_scale_each,
@@ -261,7 +263,7 @@ KERNELS: tuple[Kernel, ...] = (
     _replayed(
         "triton/quantize_rowwise_each", "quantize_rowwise_each", rowwise.plan_quantize_rowwise_each,
         *_ROWS[:-1], _results("rounding", rowwise.MOST_RESULTS), checks.scale_rule, _transform_size,
-        _of_each("rounding", checks.rounding), least=rowwise.LEAST_CAPABILITY,
+        _of_each("rounding", checks.rounding), _one_launch_pays, least=rowwise.LEAST_CAPABILITY,
     ),
     _bound(
         "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,

@@ -58,6 +58,8 @@ ROWS = {
 COLUMNS = Tile(elements=4096, per_warp=2048, least=64, low=8, vector=8)
 # A longer transform of columns must lie within one warp: between two it would go through shared memory.
 LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8, vector=8)
+# Of both axes: half as much in a thread. With a transform it would go through shared memory.
+BOTH = Tile(elements=4096, per_warp=1024, least=64, low=8, vector=4)
 # Of several tensors, whose producer holds all of them in registers, a thread takes fewer elements.
 EACH_COLUMNS = Tile(elements=2048, per_warp=512, least=64, low=8, vector=2)
 LONG_EACH_COLUMNS = Tile(elements=1024, per_warp=1024, least=64, low=8, vector=4)
@@ -462,11 +464,12 @@ def _quantizing_both(
         own = {**transform(hadamard[axis]), "EDGE": block if block_2d[axis] else 0}
         constants |= {f"{name}_{axis}": value for name, value in own.items()}
     constants |= {"ROWS": edge, "COLUMNS": edge, "FOLD": fold, "WIDE": rows * columns >= 2**31}
-    constants |= {"LOW": COLUMNS.low, "VECTOR": COLUMNS.vector}
+    tile = COLUMNS if any(hadamard) else BOTH
+    constants |= {"LOW": tile.low, "VECTOR": tile.vector}
     constants["PRODUCE"] = produce.function(producer)
     arguments |= {"rows": rows, "columns": columns, "sign_stream": SIGN_STREAM}
     grid = rows // edge * (columns // edge)
-    return Launch(_KERNELS, "fake_quantize_both", grid, arguments, constants, min(edge * edge // COLUMNS.per_warp, 8))
+    return Launch(_KERNELS, "fake_quantize_both", grid, arguments, constants, min(edge * edge // tile.per_warp, 8))
 
 
 def arithmetic_bounds(rounding: Sequence[str], hadamard: Sequence[int]) -> bool:
