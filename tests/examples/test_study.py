@@ -495,6 +495,15 @@ def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Pat
     assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][2]
 
 
+def test_a_report_of_ablations_alone(tmp_path: Path) -> None:
+    """They have no rows in the tables of whole recipes."""
+    runs = [result("hif4-plain+rht", 0, 3.0), probe_result(0, {"hif4-plain+rht": 0.01})]
+    made = write_results(tmp_path, runs)
+    kinds = {path.suffix for path in report.write_report(made, tmp_path / "report")}
+    assert {".md", ".html"} <= kinds
+    assert all(len(content) > 1 for name, content in report.sections(made) if name == "table")
+
+
 def test_stabilisers_in_words() -> None:
     found = {name: stabilisers(RECIPES.get(name)) for name in ("hif4", "mxfp4", "nvfp4", "nvfp4-plain")}
     assert found == {
