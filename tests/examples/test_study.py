@@ -495,15 +495,6 @@ def test_unequal_shares_are_said_and_plain_formats_are_claimed_too(tmp_path: Pat
     assert "NVFP4 +2.00% (75.0% of the FLOPs in FP4)" in order_table(made, "dense")[1][2]
 
 
-def test_a_report_of_ablations_alone(tmp_path: Path) -> None:
-    """They have no rows in the tables of whole recipes."""
-    runs = [result("hif4-plain+rht", 0, 3.0), probe_result(0, {"hif4-plain+rht": 0.01})]
-    made = write_results(tmp_path, runs)
-    kinds = {path.suffix for path in report.write_report(made, tmp_path / "report")}
-    assert {".md", ".html"} <= kinds
-    assert all(len(content) > 1 for name, content in report.sections(made) if name == "table")
-
-
 def test_stabilisers_in_words() -> None:
     found = {name: stabilisers(RECIPES.get(name)) for name in ("hif4", "mxfp4", "nvfp4", "nvfp4-plain")}
     assert found == {
@@ -550,8 +541,9 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
         [result("hif4-plain+sr", 0, 2.0)],
         [probe_result(0, {"hif4-plain": 0.01, "hif4-plain:wgrad": 0.0})],
         [probe_result(0, {"hif4:wgrad": 0.01})],
+        [probe_result(0, {"hif4-plain+rht": 0.01})],
     ],
-    ids=["ablations alone", "plain formats alone", "one role alone"],
+    ids=["ablations alone", "plain formats alone", "one role alone", "a probe of ablations"],
 )
 def test_a_report_of_what_no_figure_shows(all_made: list[dict[str, Any]], tmp_path: Path) -> None:
     made = write_results(tmp_path / "results", all_made)
