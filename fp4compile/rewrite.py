@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fp4compile.backend import Answer, Yes
 from fp4compile.ops import BY_OVERLOAD, OPS
+from fp4compile.producer import MOST_OPERANDS
 
 # What a new node takes over from the node it is made for: its half of the joint graph, its module, its line.
 _INHERITED = (
@@ -26,6 +27,7 @@ _INHERITED = (
     "autograd_backward",
 )
 
+_PRODUCER_ARGUMENTS = {"producer", *(f"p{i}" for i in range(1, MOST_OPERANDS))}
 _FAKES = {op.overload: op.fake for op in OPS.values()}
 
 
@@ -59,6 +61,11 @@ def arguments(node: Node) -> dict[str, Any]:
     bound = BY_OVERLOAD[node.target].signature.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def producer_of(node: Node) -> dict[str, Any]:
+    """What a call of ours says of the producer of its x; nothing where x is what it quantises."""
+    return {name: value for name, value in node.kwargs.items() if name in _PRODUCER_ARGUMENTS}
 
 
 def fake_quantized(operand: Node, contraction: int) -> Node | None:

@@ -104,17 +104,19 @@ class WeightCache:
     def __init__(self) -> None:
         # Whether new forms are written where the old ones lie, as CUDA graphs want.
         self.fixed = False
-        self._entries: Any = WeakIdKeyDictionary()  # storage -> offset -> list of _Entry
+        self._entries: Any = WeakIdKeyDictionary()  # storage -> view of it -> list of _Entry
         count_optimizer_steps()
 
     def forms(self, program: Program, tensor: Tensor) -> tuple[Tensor, ...]:
         """The forms that a program makes of a tensor, of its present values."""
         storage = tensor.untyped_storage()
-        by_offset = self._entries.get(storage)
-        if by_offset is None:
-            by_offset = self._entries[storage] = {}
+        by_view = self._entries.get(storage)
+        if by_view is None:
+            by_view = self._entries[storage] = {}
+        # Parameters may be tied by a transpose: one memory, two matrices.
+        view = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
         keys = tuple(program.sizes)
-        entry, places = _serving(by_offset.setdefault(tensor.storage_offset(), []), program, keys)
+        entry, places = _serving(by_view.setdefault(view, []), program, keys)
         state, captured = (tensor._version, storage.data_ptr(), _stream(tensor)), _is_captured(tensor)
         if entry.state != state or captured:
             entry.state = None  # in case the program fails

@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from fp4compile.graph import is_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
-from fp4compile.rewrite import arguments, call
+from fp4compile.rewrite import arguments, call, producer_of
 
 _ONE, _BOTH = OPS["fake_quantize"].overload, OPS["fake_quantize_both"].overload
 _TENSOR_SCALE, _BOTH_SCALES = OPS["tensor_scale"].overload, OPS["tensor_scale_both"].overload
@@ -44,7 +44,7 @@ def _pairs(graph: Graph) -> Iterator[tuple[Node, Node]]:
     for node in graph.find_nodes(op="call_function", target=_ONE, sort=True):
         given = arguments(node)
         if given["x"].meta["val"].dim() == 2:
-            key = given["x"], is_backward(node), *(given[name] for name in _SHARED)
+            key = given["x"], is_backward(node), *producer_of(node).items(), *(given[name] for name in _SHARED)
             found[key].setdefault(given["axis"] % 2, node)
     for by_axis in found.values():
         seeds = {seed for node in by_axis.values() if (seed := arguments(node)["seed"]) is not None}
@@ -57,7 +57,7 @@ def _scales(graph: Graph) -> Iterator[tuple[Node, Node]]:
     found: dict[Any, dict[bool, Node]] = defaultdict(dict)
     for node in graph.find_nodes(op="call_function", target=_TENSOR_SCALE, sort=True):
         given = arguments(node)
-        key = given["x"], is_backward(node), given["format"], given["scale_rule"]
+        key = given["x"], is_backward(node), *producer_of(node).items(), given["format"], given["scale_rule"]
         found[key].setdefault(given["hadamard"] > 0, node)
     return ((alike[False], alike[True]) for alike in found.values() if len(alike) == 2)
 
@@ -80,6 +80,7 @@ def _both(graph: Graph, nodes: tuple[Node, Node], like: Node) -> Node:
     options = {name: value for name, value in options.items() if value is not None}
     if not given[0]["fold"]:
         options["fold"] = False
+    options |= producer_of(nodes[0])
     x, format, scale_rule = (given[0][name] for name in ("x", "format", "scale_rule"))
     return call(graph, _BOTH, (x, format, scale_rule, *lists), like, **options)
 
@@ -87,6 +88,7 @@ def _both(graph: Graph, nodes: tuple[Node, Node], like: Node) -> Node:
 def _both_scales(graph: Graph, nodes: tuple[Node, Node], like: Node) -> Node:
     given = arguments(nodes[1])
     options = {name: given[name] for name in ("sign_seed", "scale_rule") if given[name] is not None}
+    options |= producer_of(nodes[1])
     return call(graph, _BOTH_SCALES, tuple(given[n] for n in ("x", "format", "axis", "hadamard")), like, **options)
 
 

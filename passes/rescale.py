@@ -31,7 +31,7 @@ from fp4compile.formats import FORMATS
 from fp4compile.graph import GEMM_OPS, Site, is_backward
 from fp4compile.ops import OPS
 from fp4compile.pipeline import Context
-from fp4compile.rewrite import arguments, call, fake_quantized
+from fp4compile.rewrite import arguments, call, fake_quantized, producer_of
 
 aten = torch.ops.aten
 QUANTIZE, BOTH, MM = (OPS[name].overload for name in ("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise"))
@@ -121,7 +121,9 @@ class _Rewriter(RowRewriter):
         """Quantise along both axes at once where that needs no more memory; the number of pairs."""
         found: dict[Any, list[Node]] = defaultdict(list)
         for node in self.graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
-            found[node.args[0], node.args[1], is_backward(node), arguments(node)["e5m2"]].append(node)
+            given = arguments(node)
+            key = given["x"], given["format"], is_backward(node), given["e5m2"], *producer_of(node).items()
+            found[key].append(node)
         return sum(map(self._pair, found.values()))
 
     def _pair(self, nodes: Sequence[Node]) -> bool:
@@ -135,6 +137,7 @@ class _Rewriter(RowRewriter):
         options = {name: [each[name] for each in given] for name in _PER_AXIS}
         options["scale_rule"] = [fmt.rule(rule) for rule in options["scale_rule"]]
         options |= {name: next(iter(values)) for name, values in shared.items() if values}
+        options |= producer_of(nodes[0])
         early = min(first.values(), key=nodes.index)
         with self.graph.inserting_before(early):
             both = call(self.graph, BOTH, early.args[:2], early, **options)

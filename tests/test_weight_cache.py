@@ -86,6 +86,13 @@ def test_where_new_forms_lie(cache: WeightCache, program: Program, fixed: bool) 
     assert all((a is b) is fixed for a, b in zip(first, second, strict=True))
 
 
+def test_parameters_tied_by_a_transpose(cache: WeightCache, program: Program, runs: Runs) -> None:
+    square = randn(8, 8)
+    for weight in (square, square.t(), square.view(4, 16)):
+        assert made_of(weight, cache.forms(program, weight))
+    assert made_of(square, cache.forms(program, square)) and runs.count == 3
+
+
 def test_old_forms_are_freed_before_new_ones_are_made(cache: WeightCache, program: Program, runs: Runs) -> None:
     old: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []

@@ -136,10 +136,9 @@ def sections(study: Study) -> list[tuple[str, Any]]:
         if effects(study, model):
             found += [("p", EFFECTS), ("figure", (f"effects-{model}", effects_figure(study, model)))]
         if study.probes.get(model):
-            found += [("h2", f"Frozen probe: {model}"), ("p", PROBE), ("table", probe_table(study, model))]
-            found += [
-                ("table", table) for make in (probe_ablation_table, kind_table) if len(table := make(study, model)) > 1
-            ]
+            found += [("h2", f"Frozen probe: {model}"), ("p", PROBE)]
+            tables = [make(study, model) for make in (probe_table, probe_ablation_table, kind_table)]
+            found += [("table", table) for table in tables if len(table) > 1]
             if with_panels(study, model):
                 found += [("figure", (f"probe-{model}", heat_map(study, model)))]
     return [*found, ("h2", "Commands"), ("list", commands(study))]

@@ -541,8 +541,9 @@ def test_the_heat_map_has_a_panel_for_each_recipe_and_role(tmp_path: Path) -> No
         [result("hif4-plain+sr", 0, 2.0)],
         [probe_result(0, {"hif4-plain": 0.01, "hif4-plain:wgrad": 0.0})],
         [probe_result(0, {"hif4:wgrad": 0.01})],
+        [probe_result(0, {"hif4-plain+rht": 0.01})],
     ],
-    ids=["ablations alone", "plain formats alone", "one role alone"],
+    ids=["ablations alone", "plain formats alone", "one role alone", "a probe of ablations"],
 )
 def test_a_report_of_what_no_figure_shows(all_made: list[dict[str, Any]], tmp_path: Path) -> None:
     made = write_results(tmp_path / "results", all_made)

@@ -177,22 +177,32 @@ def test_what_a_half_returns_is_a_copy() -> None:
     assert [node.target for node in others] == [torch.ops.aten.sum.default, torch.ops.aten.mul.Tensor]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "claims", "op"),
-    [
-        ("hif4-plain", ("fake_quantize", "fake_quantize_both"), "fake_quantize_both"),
-        ("mxfp4-plain", ("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise"), "quantize_rowwise_both"),
-    ],
-)
-def test_forms_of_both_halves_come_from_one_read(recipe: str, claims: tuple[str, ...], op: str) -> None:
+class Cast(Mlp):
+    """Weights in fp32, GEMMs in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+# Recipe -> ops that the backend claims, and the one that reads a weight for both halves.
+READ_ONCE = {
+    "hif4-plain": (("fake_quantize", "fake_quantize_both"), "fake_quantize_both"),
+    "mxfp4-plain": (("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise"), "quantize_rowwise_both"),
+    "nvfp4": (("tensor_scale", "tensor_scale_both", "fake_quantize", "fake_quantize_both"), "fake_quantize_both"),
+}
+
+
+@pytest.mark.parametrize("model", [Mlp, Cast])
+@pytest.mark.parametrize("recipe", READ_ONCE)
+def test_forms_of_both_halves_come_from_one_read(recipe: str, model: type[Mlp]) -> None:
+    claims, op = READ_ONCE[recipe]
     with registered(Claims(**dict.fromkeys(claims, everything))) as backend:
-        found = capture(Mlp(), [randn(128, 64).requires_grad_()], recipe)
+        found = capture(model(), [randn(128, 64).requires_grad_()], recipe)
         found.context.backend, found.context.weight_cache = get_backend(backend), WeightCache()
         before = found.until("legalise").execute()
         found.run("hoist")
         for program in found.context.programs:
-            calls = [
-                node.target for node in program.module.graph.find_nodes(op="call_function", target=OPS[op].overload)
-            ]
-            assert len(calls) == 1
+            (node,) = program.module.graph.find_nodes(op="call_function", target=OPS[op].overload)
+            assert ("producer" in node.kwargs) is (model is Cast)
         assert same_bits(with_forms(found), before)
