@@ -18,7 +18,7 @@ runs.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -125,37 +125,31 @@ def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
     return "arithmetic bounds it, so that kernels one by one are as fast" if bound else None
 
 
+def _of_one(arguments: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The arguments of the i-th of several quantisations: options that come in lists are taken apart."""
+    own = {name: value[i] for name, value in arguments.items() if isinstance(value, list | tuple)}
+    return {**arguments, **own, "tensor_scale": arguments.get(f"tensor_scale_{i}")}
+
+
+def _objection(required: Sequence[checks.Check], given: Iterable[Mapping[str, Any]]) -> str | None:
+    """What the first of some calls is refused for."""
+    reasons = (check(arguments) for arguments in given for check in required)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def _of_each(name: str, *required: checks.Check) -> checks.Check:
     """A check of several tensors, as many as there are options of a name, by checks of one."""
-
-    def of_each(arguments: Mapping[str, Any]) -> str | None:
-        lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
-        for i in range(len(arguments[name])):
-            one = {**arguments, **{n: values[i] for n, values in lists.items()}}
-            one["tensor_scale"] = arguments.get(f"tensor_scale_{i}")
-            reason = next(filter(None, (check(one) for check in required)), None)
-            if reason is not None:
-                return reason
-        return None
-
-    return of_each
+    return lambda arguments: _objection(required, (_of_one(arguments, i) for i in range(len(arguments[name]))))
 
 
 def _along_both(*required: checks.Check) -> checks.Check:
-    """A check of a matrix along either axis, by checks of one: options that come in pairs are taken apart."""
+    """A check of a matrix along either axis, by checks of one."""
 
     def along_both(arguments: Mapping[str, Any]) -> str | None:
         x = arguments["x"]
         if x.dim() != 2:
             return f"x has {x.dim()} axes, not two"
-        pairs = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
-        for axis in (0, 1):
-            one = {**arguments, **{name: pair[axis] for name, pair in pairs.items()}, "axis": axis}
-            one["tensor_scale"] = arguments.get(f"tensor_scale_{axis}")
-            reason = next(filter(None, (check(one) for check in required)), None)
-            if reason is not None:
-                return reason
-        return None
+        return _objection(required, ({**_of_one(arguments, axis), "axis": axis} for axis in (0, 1)))
 
     return along_both
 
@@ -181,8 +175,8 @@ def _kernel(
         answer = here()
         if isinstance(answer, No):
             return answer
-        reasons = (check(arguments) for check in required)
-        return next((No(reason) for reason in reasons if reason is not None), answer)
+        reason = _objection(required, [arguments])
+        return answer if reason is None else No(reason)
 
     return Kernel(name, op, "cuda", run, supports, packed, here, bind)
 
@@ -247,10 +241,7 @@ KERNELS: tuple[Kernel, ...] = (
         "triton/dequantize", "dequantize", codec.plan_dequantize,
         _on_one_gpu, _format_known, checks.scalars, checks.square, checks.packed,
     ),
-    _bound(
-        "triton/tensor_scale", "tensor_scale", codec.bind_tensor_scale,
-        *_SCALED,
-    ),
+    _bound("triton/tensor_scale", "tensor_scale", codec.bind_tensor_scale, *_SCALED),
     _bound("triton/tensor_scale_both", "tensor_scale_both", codec.bind_tensor_scale_both, *_SCALED, _transformed),
     _replayed(
         "triton/quantize_rowwise", "quantize_rowwise", rowwise.plan_quantize_rowwise,
@@ -262,7 +253,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _replayed(
         "triton/quantize_rowwise_each", "quantize_rowwise_each", rowwise.plan_quantize_rowwise_each,
-        *_ROWS[:-1], _results("rounding", rowwise.MOST_RESULTS), checks.scale_rule, _transform_size,
+        *_ROWS[:-1], _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
         _of_each("rounding", checks.rounding), _one_launch_pays, least=rowwise.LEAST_CAPABILITY,
     ),
     _bound(

@@ -379,16 +379,14 @@ def _scaling(
         wide = n + _FLAT >= 2**31
         tile = {"L": 1, "K": _FLAT, "LOW": 1, "VECTOR": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
     arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
-    largest = {**transform(hadamard), **tile, **_producing(shape, producer)}
-    return (
-        Launch(_KERNELS, "amax", grid, arguments, largest, warps),
-        Launch(_KERNELS, "tensor_scale", 1 + both, {"count": grid}, _scale_constants(format), 8),
-    )
+    constants = {**transform(hadamard), **tile, **_producing(shape, producer), "BOTH": both}
+    return Launch(_KERNELS, "amax", grid, arguments, constants, warps), _from_maxima(format, grid, 1 + both)
 
 
-def _scale_constants(format: str) -> dict[str, Any]:
-    """Of the last step from maxima to a tensor scale."""
-    return {"TOP": E4M3_MAX * FORMATS[format].element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
+def _from_maxima(format: str, tiles: int, scales: int) -> Launch:
+    """The last step from the maxima of so many tiles to each of some tensor scales."""
+    constants = {"TOP": E4M3_MAX * FORMATS[format].element.max, "LEAST": TENSOR_SCALE_MIN, "CHUNK": 4096}
+    return Launch(_KERNELS, "tensor_scale", scales, {"count": tiles}, constants, 8)
 
 
 def plan_tensor_scale(
@@ -428,17 +426,13 @@ def plan_tensor_scale_both(
 def _plan_scales(
     x: Tensor, launches: tuple[Launch, Launch], sign_seed: Tensor | None, operands: Mapping[str, Tensor | None]
 ) -> tuple[Launches, tuple[Tensor, ...]]:
-    """Launches with their arguments, and as many results as the last one has programs: of x as it is first."""
+    """Launches with their arguments, and as many results as the last one has programs."""
     amax, last = launches
-    memory = [
-        (x.new_empty((amax.grid,), dtype=torch.int32), x.new_empty((), dtype=torch.float32)) for _ in range(last.grid)
-    ]
-    partial, y = memory[-1]
-    plain, y_plain = memory[0] if len(memory) > 1 else (None, None)
-    maxima = {"partial_ptr": partial, "plain_ptr": plain}
-    given = {"x_ptr": x, "sign_seed_ptr": sign_seed, **maxima, **pointers(operands)}
-    scales = {**maxima, "y_ptr": y, "y_plain_ptr": y_plain}
-    return [(amax, given), (last, scales)], tuple(scale for _, scale in memory)
+    results = tuple(x.new_empty((), dtype=torch.float32) for _ in range(last.grid))
+    partial = x.new_empty((last.grid * amax.grid,), dtype=torch.int32)
+    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
+    written = {f"y_{i}_ptr": results[i] if i < len(results) else None for i in range(MOST_SCALES)}
+    return [(amax, given), (last, {"partial_ptr": partial, **written})], results
 
 
 @lru_cache(maxsize=4096)
@@ -617,10 +611,7 @@ def _scaling_each(
     arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
     transformed = sum(1 << i for i, each in enumerate(hadamard) if each)
     constants = {**transform(size), **tile, **_producing(shape, producer), "TRANSFORMED": transformed}
-    return (
-        Launch(_KERNELS, "amax_each", grid, arguments, constants, warps),
-        Launch(_KERNELS, "tensor_scale_each", len(hadamard), {"count": grid}, _scale_constants(format), 8),
-    )
+    return Launch(_KERNELS, "amax_each", grid, arguments, constants, warps), _from_maxima(format, grid, len(hadamard))
 
 
 def plan_tensor_scale_each(
@@ -637,12 +628,8 @@ def plan_tensor_scale_each(
 
     They are the same under every scale rule that the kernels have.
     """
-    amax, last = _scaling_each(x.shape, format, axis % x.dim(), tuple(hadamard), producer)
-    results = tuple(x.new_empty((), dtype=torch.float32) for _ in hadamard)
-    partial = x.new_empty((len(hadamard) * amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
-    written = {f"y_{i}_ptr": results[i] if i < len(results) else None for i in range(MOST_SCALES)}
-    return [(amax, given), (last, {"partial_ptr": partial, **written})], results
+    launches = _scaling_each(x.shape, format, axis % x.dim(), tuple(hadamard), producer)
+    return _plan_scales(x, launches, sign_seed, operands)
 
 
 def _dense(x: Tensor) -> Tensor:

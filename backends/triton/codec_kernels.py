@@ -911,7 +911,6 @@ def amax(
     p3,
     p4,
     partial_ptr,
-    plain_ptr,
     sign_seed_ptr,
     lanes,
     size,
@@ -927,14 +926,16 @@ def amax(
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
+    BOTH: tl.constexpr,
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The bits of the largest finite magnitude of each tile; in `plain`, if wanted, of that before its transform."""
+    """The bits of the largest finite magnitude of each tile; BOTH: of x before its transform, then of that."""
     batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
-    if plain_ptr is not None:
-        tl.store(plain_ptr + tl.program_id(0), _largest_finite(x))
+    if BOTH:
+        tl.store(partial_ptr + tl.program_id(0), _largest_finite(x))
+        partial_ptr += tl.num_programs(0)
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     tl.store(partial_ptr + tl.program_id(0), _largest_finite(x))
@@ -951,18 +952,6 @@ def _scale_of(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr,
     amax = from_bits(tl.max(most, axis=0))
     scale = tl.maximum(tl.div_rn(amax, TOP), LEAST)
     tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))
-
-
-@triton.jit(do_not_specialize=["count"])
-def tensor_scale(
-    partial_ptr, y_ptr, plain_ptr, y_plain_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The tensor scale from the maxima of all tiles, in one program; a second one takes those before a transform."""
-    if tl.program_id(0) == 0:
-        _scale_of(partial_ptr, y_ptr, count, TOP, LEAST, CHUNK)
-    else:
-        if plain_ptr is not None:
-            _scale_of(plain_ptr, y_plain_ptr, count, TOP, LEAST, CHUNK)
 
 
 @triton.jit(do_not_specialize=["sign_stream"])
@@ -1005,7 +994,7 @@ def amax_each(
 
 
 @triton.jit(do_not_specialize=["count"])
-def tensor_scale_each(
+def tensor_scale(
     partial_ptr,
     y_0_ptr,
     y_1_ptr,
@@ -1018,7 +1007,7 @@ def tensor_scale_each(
     LEAST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The tensor scales from the maxima that `amax_each` found, one in each program."""
+    """Tensor scales from the maxima of all tiles, those of one behind those of the other: a program for each."""
     pointers = (y_0_ptr, y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, y_5_ptr)
     for i in tl.static_range(6):
         if pointers[i] is not None:  # noqa: SIM102, known when this is compiled

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.codec import encoder, padded_size, pointers, transform
+from fp4compile.backends.triton.codec import MOST_RESULTS, encoder, padded_size, pointers, transform
 from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, round_up, signed
 from fp4compile.backends.triton.replay import Launches, Replay
 from fp4compile.formats import FORMATS
@@ -280,8 +280,6 @@ def plan_quantize_rowwise_both(
 
 
 # --- several tensors of one producer ---------------------------------------------------------------------------------
-
-MOST_RESULTS = 3
 
 
 @lru_cache(maxsize=4096)
