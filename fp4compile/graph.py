@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -180,11 +180,11 @@ def below_views(node: Node) -> Node:
     return node
 
 
-def readers(node: Node) -> Iterator[Node]:
-    """The users of a node and of its views."""
+def readers(node: Node, through: Container[Any] = VIEWS) -> Iterator[Node]:
+    """The users of a node and of what ops `through` which one looks make of it: its views, or also moved copies."""
     for user in node.users:
-        if user.target in VIEWS:
-            yield from readers(user)
+        if user.target in through:
+            yield from readers(user, through)
         else:
             yield user
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, ClassVar, cast
 
 import networkx as nx
@@ -25,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.elementwise import Produced, Refused, Survey
 from fp4compile.formats import FORMATS
-from fp4compile.graph import below_views, is_backward, readers
+from fp4compile.graph import MOVES, below_views, is_backward, readers
 from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
 from fp4compile.pipeline import Context
@@ -212,22 +213,34 @@ def _check_order(groups: _Groups) -> None:
     # Tensor scales among them are replaced in front.
     results = replaced | {item for node in replaced for item in node.users if item.target is operator.getitem}
     stack += [n for node in replaced for n in node.all_input_nodes if n not in results]
-    seen: set[Node] = set()
+    found = _found_behind(stack, replaced)
+    if found is not None:
+        raise Refused(f"{found} comes before what it would be bundled with")
+
+
+# Node -> those that it has to stand behind without reading them.
+_Waits = Mapping[Node, Set[Node]]
+
+
+def _found_behind(nodes: Iterable[Node], sought: Container[Node], waits: _Waits | None = None) -> Node | None:
+    """One of what is sought that is among some nodes, or that they are computed from or wait for."""
+    stack, seen = list(nodes), set[Node]()
     while stack:
         node = stack.pop()
-        if node in replaced:
-            raise Refused(f"{node} comes before what it would be bundled with")
+        if node in sought:
+            return node
         if node not in seen:
             seen.add(node)
-            stack += node.all_input_nodes
+            stack += (*node.all_input_nodes, *(waits or {}).get(node, ()))
+    return None
 
 
 # --- the rewrite -----------------------------------------------------------------------------------------------------
 
 
 def _op(graph: Graph, reads: Sequence[_Read], produced: Produced) -> Node:
-    """The op of one group, in front of the last of what it replaces."""
-    kind, first, like = _KINDS[reads[0].kind], reads[0], max(read.node for read in reads)
+    """The op of one group, in front of what it replaces."""
+    kind, first, like = _KINDS[reads[0].kind], reads[0], min(read.node for read in reads)
     op = OPS[first.kind if len(reads) == 1 else f"{first.kind}_each"]
     given = {name: first.given[name] for name in kind.shared}
     for name in kind.own:
@@ -247,9 +260,10 @@ def _op(graph: Graph, reads: Sequence[_Read], produced: Produced) -> Node:
         return call(graph, op.overload, tuple(given[name] for name in required), like, **options)
 
 
-def _rewrite(graph: Graph, groups: _Groups, context: Context) -> int:
-    """Put the ops of all groups in place, if there is a kernel for each; their number."""
+def _rewrite(graph: Graph, groups: _Groups, context: Context) -> dict[Node, list[Node]]:
+    """Put the ops of all groups in place, if there is a kernel for each: the ops and their results."""
     made: list[Node] = []
+    results: dict[Node, list[Node]] = {}
     try:
         for reads, produced in groups:
             made.append(_op(graph, reads, produced))
@@ -261,7 +275,7 @@ def _rewrite(graph: Graph, groups: _Groups, context: Context) -> int:
             graph.erase_node(node)
             if matrix is not produced.operands[0] and not matrix.users:
                 graph.erase_node(matrix)
-        return 0
+        return results
     for (reads, _), node in zip(groups, made, strict=True):
         parts = _KINDS[reads[0].kind].parts
         items = [node]
@@ -270,13 +284,25 @@ def _rewrite(graph: Graph, groups: _Groups, context: Context) -> int:
                 items = [call(graph, operator.getitem, (node, n), node) for n in range(len(reads) * parts)]
         for i, read in enumerate(reads):
             read.replace(items[i * parts : (i + 1) * parts])
+        results[node] = items
     for node in {read.node for reads, _ in groups for read in reads}:
         graph.erase_node(node)
-    return len(made)
+    return results
 
 
-def _sort(graph: Graph) -> None:
-    """Move every node behind all that it reads, and nothing else."""
+def _use_up(results: Mapping[Node, Sequence[Node]], waits: defaultdict[Node, set[Node]]) -> None:
+    """Have the results of one op read before the next op makes its own, those of the op with most results first.
+
+    All of them would be alive at once otherwise, and what they are computed from: the largest tensors of a step.
+    """
+    for first, then in combinations(sorted(results, key=lambda op: -len(results[op])), 2):
+        last = {reader for result in results[first] for reader in readers(result, MOVES)}
+        if not _found_behind(last, {then}, waits):
+            waits[then] |= last
+
+
+def _sort(graph: Graph, waits: _Waits) -> None:
+    """Move every node behind all that it reads or waits for, and nothing else."""
     waiting: defaultdict[Node, list[Node]] = defaultdict(list)
     placed: set[Node] = set()
     last: Node | None = None
@@ -284,7 +310,7 @@ def _sort(graph: Graph) -> None:
         ready = [first]
         while ready:
             node = ready.pop()
-            missing = next((n for n in node.all_input_nodes if n not in placed), None)
+            missing = next((n for n in (*node.all_input_nodes, *waits.get(node, ())) if n not in placed), None)
             if missing is not None:
                 waiting[missing].append(node)
                 continue
@@ -311,6 +337,7 @@ class Bundle:
         survey = Survey.of(graph)
         alone = set(absorbed(consumers, survey))
         done = 0
+        waits: defaultdict[Node, set[Node]] = defaultdict(set)
         for half in (False, True):
             inside = [node for node in consumers if is_backward(node) is half]
             for bundle in list(_bundles(_members(inside, survey))):
@@ -318,7 +345,9 @@ class Bundle:
                     groups = _plan(bundle, alone, survey)
                 except Refused:
                     continue
-                done += _rewrite(graph, groups, context)
+                results = _rewrite(graph, groups, context)
+                _use_up(results, waits)
+                done += len(results)
         if done:
-            _sort(graph)
+            _sort(graph, waits)
         return done
