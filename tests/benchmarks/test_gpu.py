@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import accumulate, codec, decode, generate, timing, train
 from benchmarks.gpu import sheet as sheets
-from benchmarks.gpu.llama import Llama, Shape, Stack, made, rotation
+from benchmarks.gpu.llama import Greedy, Llama, Shape, Stack, made, rotation
 from benchmarks.gpu.options import RECIPES, Options
 from benchmarks.gpu.sheet import Bar, Row, Sheet
 from fp4compile.packed import PackedLinear
@@ -29,7 +29,7 @@ from tests.claims import Claims, everything
 from tests.helpers import capture
 
 OF = {"device": "Some Device (TM) 80GB", "torch": "2.11", "triton": "3.6"}
-TINY = Shape(dim=64, hidden=128, heads=4, kv_heads=2, layers=3, vocabulary=40)
+TINY = Shape(dim=64, hidden=128, heads=4, kv_heads=2, layers=3, vocabulary=512)
 Run = Callable[[], object]
 
 
@@ -287,7 +287,7 @@ def test_a_cache_changes_nothing() -> None:
     stack.layers = model.layers
     tokens = torch.randint(0, TINY.vocabulary, (2, 6))
     with torch.no_grad():
-        x = stack(model.embedding(tokens), *rotation(torch.arange(6), TINY.head_dim))
+        x = stack(model.entry.embedding(tokens), *rotation(torch.arange(6), TINY.head_dim))
         plain = model.head(x, torch.zeros_like(x))
         at_once = model(tokens, torch.arange(6), caches := model.caches(2, 9))
         caches = model.caches(2, 9)
@@ -295,6 +295,12 @@ def test_a_cache_changes_nothing() -> None:
             stepped = model(tokens[:, position : position + 1], torch.tensor([position]), caches)
     torch.testing.assert_close(at_once, plain, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(stepped, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    logits = torch.randint(-20, 20, (50, 1024)).bfloat16()
+    greedy = Greedy()(logits)
+    assert greedy.shape == (50, 1) and torch.equal(greedy, logits.argmax(-1, keepdim=True))
 
 
 def test_the_shape_is_that_of_llama_3_8b() -> None:
@@ -379,7 +385,11 @@ def test_a_wrong_result_is_not_timed(
 def test_packed_models_share_what_is_not_packed() -> None:
     model = made(Llama, TINY, "cpu")
     twin = generate.packed(model, "hif4-w4a16")
-    assert twin.embedding is model.embedding and twin.head.lm_head is model.head.lm_head
+    assert (
+        twin.entry is not model.entry
+        and twin.entry.embedding is model.entry.embedding
+        and twin.head.lm_head is model.head.lm_head
+    )
     linear, packed = model.layers[1].mlp.down_proj, twin.layers[1].mlp.down_proj
     assert isinstance(linear, nn.Linear) and isinstance(packed, PackedLinear)
     assert sum(isinstance(m, PackedLinear) for m in twin.modules()) == 7 * TINY.layers
@@ -422,8 +432,8 @@ def test_generate(clockless: None, short_generation: list[int], options: Options
     assert rows["batch 3, bf16"].value == pytest.approx(3 * 5 / 1e-3)  # the first run takes 1 ms
     assert rows["batch 3, hif4-w4a16"].ratio == pytest.approx(0.5) and rows["batch 3, hif4-w4a16"].holds is False
     assert rows["linear weights, hif4-w4a16"].ratio == pytest.approx(0.28125)
-    # For each batch one graph of all blocks of a model, and one of the head.
-    assert len(short_generation) <= 2 * 4
+    # For each batch and model one graph of all blocks, and one of each other part.
+    assert len(short_generation) <= 2 * 2 * 4
 
 
 def test_a_model_that_does_not_run_is_named(
