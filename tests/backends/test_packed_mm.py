@@ -580,33 +580,34 @@ def test_every_cut_can_be_launched() -> None:
 def test_every_size_has_a_default_cut(most: int, format: str, device: dict[str, Any]) -> None:
     rows = packed.cuts(most, 4096, format, device["on_hopper"])
     assert packed.default(most, 2**20, 4096, format, **device) == rows[0][1]
-    smallest = packed.default(most, 64, 4096, format, **device)
+    smallest = packed.default(most, 64, 14336, format, **device)
     assert smallest == next(cut for least, cut in rows if least == 0.0)
     assert packed.default(most, 64, 4096, format, **{**device, "shared": 0}) is None
 
 
 # Weights [n, k] of an 8-billion model, and what was fastest for them.
 @pytest.mark.parametrize(
-    ("m", "n", "expected"),
+    ("m", "n", "k", "expected"),
     [
-        (1, 28672, Cut("few_tokens", 16, 8, 256, 3, slices=1)),
-        (1, 6144, Cut("few_tokens", 16, 8, 256, 3, slices=4)),
-        (1, 4096, Cut("few_tokens", 16, 8, 256, 5, slices=4)),
-        (16, 28672, Cut("few_tokens", 32, 16, 256, 3, slices=1)),
-        (16, 6144, Cut("few_tokens", 16, 16, 256, 4, slices=1)),
-        (16, 4096, Cut("few_tokens", 16, 16, 256, 4, parts=4)),
-        (32, 28672, Cut("many_tokens", 64, 32, 128, 4)),
-        (32, 6144, Cut("many_tokens", 64, 32, 128, 4, parts=4)),
-        (64, 28672, Cut("overlapped", 128, 64, 256, 3, warps=8)),
-        (64, 6144, Cut("many_tokens", 64, 64, 128, 3, parts=4)),
-        (64, 4096, Cut("many_tokens", 64, 64, 128, 4, parts=4)),
-        (256, 28672, Cut("overlapped", 128, 128, 256, 3, warps=8)),
-        (256, 6144, Cut("overlapped", 128, 128, 256, 3, warps=8)),
-        (256, 4096, Cut("overlapped", 128, 128, 256, 3, warps=8)),
+        (1, 28672, 4096, Cut("few_tokens", 16, 8, 256, 3, slices=1)),
+        (1, 6144, 4096, Cut("few_tokens", 16, 8, 256, 3, slices=4)),
+        (1, 4096, 14336, Cut("few_tokens", 16, 8, 256, 5, slices=4)),
+        (1, 4096, 4096, Cut("few_tokens", 16, 8, 256, 3, slices=4)),
+        (16, 28672, 4096, Cut("few_tokens", 32, 16, 256, 3, slices=1)),
+        (16, 6144, 4096, Cut("few_tokens", 16, 16, 256, 4, slices=1)),
+        (16, 4096, 14336, Cut("few_tokens", 16, 16, 256, 4, parts=4)),
+        (32, 28672, 4096, Cut("many_tokens", 64, 32, 128, 4)),
+        (32, 6144, 4096, Cut("many_tokens", 64, 32, 128, 4, parts=4)),
+        (64, 28672, 4096, Cut("overlapped", 128, 64, 256, 3, warps=8)),
+        (64, 6144, 4096, Cut("many_tokens", 64, 64, 128, 3, parts=4)),
+        (64, 4096, 14336, Cut("many_tokens", 64, 64, 128, 4, parts=4)),
+        (256, 28672, 4096, Cut("overlapped", 128, 128, 256, 3, warps=8)),
+        (256, 6144, 4096, Cut("overlapped", 128, 128, 256, 3, warps=8)),
+        (256, 4096, 14336, Cut("overlapped", 128, 128, 256, 3, warps=8)),
     ],
 )
-def test_the_default_cut_is_the_one_that_was_fastest(m: int, n: int, expected: Cut) -> None:
-    assert packed.default(m, n, 4096, "hif4", **HOPPER) == expected
+def test_the_default_cut_is_the_one_that_was_fastest(m: int, n: int, k: int, expected: Cut) -> None:
+    assert packed.default(m, n, k, "hif4", **HOPPER) == expected
 
 
 @pytest.mark.parametrize(
