@@ -121,7 +121,7 @@ def _saved(found: Captured) -> int:
     return sum(n.meta["val"].nbytes for n in output.args[0][1:] if n is not None and n.op != "placeholder")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, taken in RECIPES.items() if taken])
 def test_the_backward_keeps_no_more(recipe: str) -> None:
     def saved(*names: str) -> int:
         block = build(lambda: LlamaBlock(64, hidden=1024)).bfloat16()
