@@ -31,6 +31,7 @@ from fp4compile.graph import below_views, is_backward, readers
 from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
 from fp4compile.pipeline import Context
+from fp4compile.producer import MOST_RESULTS
 from fp4compile.rewrite import arguments, call
 
 # What has to be the same of those that one op does, by the op for one tensor; `<name>_both` does two of them along both
@@ -164,6 +165,9 @@ def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) 
     groups = [(reads, survey.produced(*(read.x for read in reads))) for reads in by_group.values()]
     if len(groups) == sum(map(len, bundle.values())):
         raise Refused("no two tensors share an op")
+    most = max(map(len, by_group.values()))
+    if most > MOST_RESULTS:
+        raise Refused(f"{most} tensors of one op, which takes {MOST_RESULTS}")
     now, written = 0, []
     for root, reads in bundle.items():
         nodes = {read.node for read in reads}

@@ -39,7 +39,7 @@ from fp4compile.backends.triton import (
     rowwise,
 )
 from fp4compile.backends.triton.replay import Plan, Replay
-from fp4compile.producer import parse
+from fp4compile.producer import MOST_RESULTS, parse
 
 Bind = Callable[[Mapping[str, Any]], Callable[..., Any]]
 
@@ -90,7 +90,7 @@ def _producer(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _several(arguments: Mapping[str, Any]) -> str | None:
-    return produce.refusal(arguments["producer"], range(2, codec.MOST_RESULTS + 1))
+    return produce.refusal(arguments["producer"], range(2, MOST_RESULTS + 1))
 
 
 def _scale_of_each(arguments: Mapping[str, Any]) -> str | None:

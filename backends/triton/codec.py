@@ -25,11 +25,12 @@ from fp4compile.backends.triton.replay import Launches, Replay, contiguous
 from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
-from fp4compile.producer import MOST_OPERANDS, parse, produced_dtype
+from fp4compile.producer import MOST_OPERANDS, MOST_RESULTS, parse, produced_dtype
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
 DTYPES = checks.DTYPES
 _POINTERS = tuple(f"p{i}" for i in range(1, MOST_OPERANDS))
+_RESULTS = range(MOST_RESULTS)
 _KERNELS = "codec_kernels"
 _FLAT = 8192  # elements per program where blocks play no part
 
@@ -527,9 +528,6 @@ def plan_fake_quantize_both(
 
 
 # --- several tensors of one producer ---------------------------------------------------------------------------------
-
-MOST_RESULTS = 3
-_RESULTS = range(MOST_RESULTS)
 
 
 @lru_cache(maxsize=4096)

@@ -223,8 +223,14 @@ def _chain(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return fq((x * y) + fq(x - y)), fq(x)
 
 
+def _four(x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+    made = x * y, x - y, x + y, y * y
+    return [ops.fake_quantize(h, "nvfp4", 1, tensor_scale=ops.tensor_scale(h, "nvfp4")) for h in made]
+
+
 LEFT: dict[str, Callable[..., object]] = {
     "one tensor": lambda x, y, z: fq(x * y),
+    "four tensors": _four,
     "tensors of different ones": lambda x, y, z: (fq(x.exp()), fq(y * z)),
     "another reader": lambda x, y, z: (fq(h := x * y), fq(x - y), h.sum()),
     "one is made from the other's quantisation": _chain,
