@@ -82,12 +82,11 @@ _ROWS = (
         samples.tensor_scale_both,
     ),
     Op(
-        # Of every tensor that the producer makes, transformed along the axis by its own size; 0: as it is.
+        # Of every tensor that the producer makes, two or three.
         "tensor_scale_each",
-        f"(Tensor x, str format, int axis, int[] hadamard, Tensor? sign_seed=None, {_PRODUCER_ARGS}, "
-        "str? scale_rule=None) -> Tensor[]",
+        f"(Tensor x, str format, {_PRODUCER_ARGS}, str? scale_rule=None) -> Tensor[]",
         reference.tensor_scale_each,
-        lambda x, format, axis, hadamard, *args, **kwargs: [x.new_empty((), dtype=torch.float32) for _ in hadamard],
+        reference.tensor_scale_each_fake,
         samples.tensor_scale_each,
     ),
     Op(
@@ -123,11 +122,10 @@ _ROWS = (
         samples.fake_quantize_both,
     ),
     Op(
-        # Of every tensor that the producer makes, two or three; lists give an option per tensor.
+        # Of every tensor that the producer makes, two or three, to nearest.
         "fake_quantize_each",
-        "(Tensor x, str format, int axis, str[] rounding, int[] stream, str? scale_rule=None, int hadamard=0, "
-        "Tensor? tensor_scale_0=None, Tensor? tensor_scale_1=None, Tensor? tensor_scale_2=None, Tensor? seed=None, "
-        f"Tensor? sign_seed=None, bool fold=True, {_PRODUCER_ARGS}) -> Tensor[]",
+        "(Tensor x, str format, int axis, str? scale_rule=None, Tensor? tensor_scale_0=None, "
+        f"Tensor? tensor_scale_1=None, Tensor? tensor_scale_2=None, bool fold=True, {_PRODUCER_ARGS}) -> Tensor[]",
         reference.fake_quantize_each,
         reference.fake_quantize_each_fake,
         samples.fake_quantize_each,
@@ -202,15 +200,6 @@ _ROWS = (
         reference.quantize_rowwise_both,
         reference.quantize_rowwise_both_fake,
         samples.quantize_rowwise_both,
-    ),
-    Op(
-        # Of every tensor that the producer makes, two or three; lists give an option per tensor.
-        "quantize_rowwise_each",
-        "(Tensor x, str format, int axis, str[] rounding, int[] stream, bool[] e5m2, str? scale_rule=None, "
-        f"Tensor? seed=None, int hadamard=0, Tensor? sign_seed=None, {_PRODUCER_ARGS}) -> Tensor[]",
-        reference.quantize_rowwise_each,
-        reference.quantize_rowwise_each_fake,
-        samples.quantize_rowwise_each,
     ),
     Op(
         "mm_rowwise",

@@ -35,6 +35,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 LAYOUTS = ("full", "row", "column", "scalar")
 # What an op that carries a producer takes: x, and p1 to p4.
 MOST_OPERANDS = 5
+# What an op of several tensors makes: two or three.
+MOST_RESULTS = 3
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fp4compile.activations import activated, columns
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import hadamard as hadamard_transform
 from fp4compile.hadamard import inverse_hadamard
-from fp4compile.producer import produce, produce_each, produced_dtype
+from fp4compile.producer import parse, produce, produce_each, produced_dtype
 
 
 def _ceil(size: Any, block: int) -> Any:
@@ -99,9 +99,6 @@ def tensor_scale_both(
 def tensor_scale_each(
     x: Tensor,
     format: str,
-    axis: int,
-    hadamard: Sequence[int],
-    sign_seed: Tensor | None = None,
     p1: Tensor | None = None,
     p2: Tensor | None = None,
     p3: Tensor | None = None,
@@ -109,12 +106,15 @@ def tensor_scale_each(
     producer: str = "",
     scale_rule: str | None = None,
 ) -> list[Tensor]:
-    """`tensor_scale` of every tensor that a producer makes, each under its own transform or none."""
+    """`tensor_scale` of every tensor that a producer makes."""
     made = produce_each(x, (p1, p2, p3, p4), producer)
-    return [
-        tensor_scale(each, format, axis, size, sign_seed, scale_rule=scale_rule)
-        for each, size in zip(made, hadamard, strict=True)
-    ]
+    return [tensor_scale(each, format, scale_rule=scale_rule) for each in made]
+
+
+def tensor_scale_each_fake(*args: Any, **kwargs: Any) -> list[Tensor]:
+    """The shape rule of `tensor_scale_each`."""
+    given = _given(tensor_scale_each, args, kwargs)
+    return [given["x"].new_empty((), dtype=torch.float32) for _ in parse(given["producer"]).results]
 
 
 def quantize(
@@ -260,15 +260,10 @@ def fake_quantize_each(
     x: Tensor,
     format: str,
     axis: int,
-    rounding: Sequence[str],
-    stream: Sequence[int],
     scale_rule: str | None = None,
-    hadamard: int = 0,
     tensor_scale_0: Tensor | None = None,
     tensor_scale_1: Tensor | None = None,
     tensor_scale_2: Tensor | None = None,
-    seed: Tensor | None = None,
-    sign_seed: Tensor | None = None,
     fold: bool = True,
     p1: Tensor | None = None,
     p2: Tensor | None = None,
@@ -276,21 +271,20 @@ def fake_quantize_each(
     p4: Tensor | None = None,
     producer: str = "",
 ) -> list[Tensor]:
-    """`fake_quantize` of every tensor that a producer makes."""
+    """`fake_quantize`, to nearest, of every tensor that a producer makes."""
     scales = (tensor_scale_0, tensor_scale_1, tensor_scale_2)
     made = produce_each(x, (p1, p2, p3, p4), producer)
     return [
-        fake_quantize(each, format, axis, mode, scale_rule, False, scale, seed, number, hadamard, sign_seed, fold)
-        for each, mode, number, scale in zip(made, rounding, stream, scales[: len(made)], strict=True)
+        fake_quantize(each, format, axis, scale_rule=scale_rule, tensor_scale=scale, fold=fold)
+        for each, scale in zip(made, scales[: len(made)], strict=True)
     ]
 
 
 def fake_quantize_each_fake(*args: Any, **kwargs: Any) -> list[Tensor]:
     """The shape rule of `fake_quantize_each`."""
     given = _given(fake_quantize_each, args, kwargs)
-    x: Tensor = given["x"]
-    shape, dtype = _transformed_shape(x, given["axis"], given["hadamard"]), produced_dtype(x, given["producer"])
-    return [x.new_empty(shape, dtype=dtype) for _ in given["rounding"]]
+    x, producer = given["x"], parse(given["producer"])
+    return [x.new_empty(x.shape, dtype=producer.dtype) for _ in producer.results]
 
 
 def quantize_backward(
@@ -494,39 +488,6 @@ def quantize_rowwise_both_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     x, format, e5m2 = given["x"], given["format"], given["e5m2"]
     made = (_rows_fake(x, format, axis, size, e5m2) for axis, size in enumerate(given["hadamard"]))
     return tuple(tensor for four in made for tensor in four)
-
-
-def quantize_rowwise_each(
-    x: Tensor,
-    format: str,
-    axis: int,
-    rounding: Sequence[str],
-    stream: Sequence[int],
-    e5m2: Sequence[bool],
-    scale_rule: str | None = None,
-    seed: Tensor | None = None,
-    hadamard: int = 0,
-    sign_seed: Tensor | None = None,
-    p1: Tensor | None = None,
-    p2: Tensor | None = None,
-    p3: Tensor | None = None,
-    p4: Tensor | None = None,
-    producer: str = "",
-) -> list[Tensor]:
-    """`quantize_rowwise` of every tensor that a producer makes, the four results of the first in front."""
-    made = zip(produce_each(x, (p1, p2, p3, p4), producer), rounding, stream, e5m2, strict=True)
-    fours = (
-        quantize_rowwise(each, format, axis, mode, scale_rule, seed, number, hadamard, sign_seed, e5m2=wide)
-        for each, mode, number, wide in made
-    )
-    return [tensor for four in fours for tensor in four]
-
-
-def quantize_rowwise_each_fake(*args: Any, **kwargs: Any) -> list[Tensor]:
-    """The shape rule of `quantize_rowwise_each`."""
-    given = _given(quantize_rowwise_each, args, kwargs)
-    x, options = given["x"], (given["format"], given["axis"], given["hadamard"])
-    return [tensor for wide in given["e5m2"] for tensor in _rows_fake(x, *options, wide)]
 
 
 def mm_rowwise(

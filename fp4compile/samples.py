@@ -15,6 +15,7 @@ from torch import Tensor
 from fp4compile import codec, reference, rowwise
 from fp4compile.activations import ACTIVATIONS
 from fp4compile.formats import FORMATS
+from fp4compile.producer import parse
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -167,44 +168,37 @@ _THREE = (
 )
 
 
-def _produced_groups() -> Iterator[tuple[dict[str, Any], int]]:
-    """Matrices, whole and ragged, of which a producer makes several; how many."""
+def _produced_groups() -> Iterator[dict[str, Any]]:
+    """Matrices, whole and ragged, of which a producer makes two or three."""
     for rows, columns in ((64, 64), (50, 72), (3, 33)):
         x, gate = _tensor(rows, columns, dtype=torch.bfloat16), _tensor(rows, columns, dtype=torch.bfloat16, seed=1)
         gate[0, 3] = float("nan")
-        yield {"x": x, "p1": gate, "producer": _TWO}, 2
-        yield {"x": x, "p1": _tensor(rows, 1, seed=2), "p2": gate, "producer": _THREE}, 3
+        yield {"x": x, "p1": gate, "producer": _TWO}
+        yield {"x": x, "p1": _tensor(rows, 1, seed=2), "p2": gate, "producer": _THREE}
 
 
 def tensor_scale_each() -> Iterator[Mapping[str, Any]]:
     """Samples of `tensor_scale_each`."""
     for name, fmt in FORMATS.items():
         if fmt.has_tensor_scale:
-            for given, results in _produced_groups():
-                twice = f"{given['producer']} {given['producer'].split()[-1]}"
-                for axis in (0, 1):
-                    base = {**given, "format": name, "axis": axis}
-                    yield {**base, "hadamard": [0] * results}
-                    yield {**base, "hadamard": [16, 0, 16][:results], "scale_rule": fmt.scale_rules[-1]}
-                    yield {**base, "hadamard": [32] * results + [0], "producer": twice, "sign_seed": _SEED}
+            for given in _produced_groups():
+                yield {**given, "format": name}
+                yield {**given, "format": name, "scale_rule": fmt.scale_rules[-1]}
 
 
 def fake_quantize_each() -> Iterator[Mapping[str, Any]]:
     """Samples of `fake_quantize_each`."""
     for name, fmt in FORMATS.items():
-        for given, results in _produced_groups():
-            plain = {"rounding": ["nearest"] * results, "stream": [3, 4, 5][:results], "seed": _SEED}
-            mixed = ["stochastic", "nearest", "stochastic"][:results]
+        for given in _produced_groups():
+            results = len(parse(given["producer"]).results)
             for axis in (0, 1):
-                base = {**given, **plain, "format": name, "axis": axis}
+                base = {**given, "format": name, "axis": axis}
                 yield base
-                yield {**base, "rounding": mixed, "scale_rule": "truncation-free"}
-                yield {**base, "rounding": mixed, "hadamard": 16, "sign_seed": _SEED}
-                yield {**base, "hadamard": 64}
+                yield {**base, "scale_rule": "truncation-free"}
                 if fmt.has_tensor_scale:
                     scales = {f"tensor_scale_{i}": torch.tensor(2.0 ** -(i + 5)) for i in range(results)}
                     yield {**base, **scales}
-                    yield {**base, **scales, "rounding": mixed, "fold": False}
+                    yield {**base, **scales, "scale_rule": "truncation-free", "fold": False}
 
 
 def quantize_backward() -> Iterator[Mapping[str, Any]]:
@@ -343,20 +337,6 @@ def quantize_rowwise_both() -> Iterator[Mapping[str, Any]]:
             yield {**base, "rounding": ["stochastic", "nearest"], "hadamard": [32, 0], "e5m2": True}
         for given in _produced_inputs():
             yield {**base, **given, "rounding": ["nearest", "stochastic"], "hadamard": [32, 0]}
-
-
-def quantize_rowwise_each() -> Iterator[Mapping[str, Any]]:
-    """Samples of `quantize_rowwise_each`."""
-    for name in _rowwise_formats():
-        for given, results in _produced_groups():
-            mixed = ["stochastic", "nearest", "stochastic"][:results]
-            own = {"rounding": ["nearest"] * results, "stream": [3, 4, 5][:results], "e5m2": [False] * results}
-            for axis in (0, 1):
-                base = {**given, **own, "format": name, "axis": axis, "seed": _SEED}
-                yield base
-                yield {**base, "rounding": mixed, "e5m2": [True, False, True][:results]}
-                yield {**base, "rounding": mixed, "hadamard": 16, "sign_seed": _SEED, "scale_rule": "truncation-free"}
-                yield {**base, "hadamard": 32, "scale_rule": "rceil"}
 
 
 def mm_rowwise() -> Iterator[Mapping[str, Any]]:

@@ -3,12 +3,14 @@
     %dgate, %dup, %h = ... of %gate, %up and %dh          # the backward of a SwiGLU, and its output
     fake_quantize_both(%dgate, 'hif4', ...), fake_quantize_both(%dup, 'hif4', ...), fake_quantize(%h, 'hif4', 0)
     ->
-    fake_quantize_each(%gate, 'hif4', 0, [...], p1=%up, p2=%dh, producer='full full full: ... -> t15 t6 t16')
-    fake_quantize_each(%gate, 'hif4', 1, [...], p1=%up, p2=%dh, producer='full full full: ... -> t15 t6')
+    fake_quantize_each(%gate, 'hif4', 0, p1=%up, p2=%dh, producer='full full full: ... -> t15 t6 t16')
+    fake_quantize_each(%gate, 'hif4', 1, p1=%up, p2=%dh, producer='full full full: ... -> t15 t6')
 
 None of the tensors is written then. It happens within one half of the step, where all readers of a tensor there can
 join and fewer bytes move than by writing the tensors, or computing each for itself as `absorb` would. Users of a result
 that stand in front of what the others are computed from move behind it.
+
+To nearest and without a transform only: arithmetic bounds the others, which are as fast one by one.
 """
 
 from __future__ import annotations
@@ -30,48 +32,31 @@ from fp4compile.graph import MOVES, below_views, is_backward, readers
 from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
 from fp4compile.pipeline import Context
+from fp4compile.producer import MOST_RESULTS
 from fp4compile.rewrite import arguments, call
 
-
-@dataclass(frozen=True)
-class _Kind:
-    """What ops of one kind share in a group, and what each of its tensors has of its own.
-
-    Attributes:
-        parts: tensors that one quantisation makes.
-    """
-
-    shared: tuple[str, ...]
-    own: tuple[str, ...]
-    parts: int
-
-
-# By the op for one tensor; `<name>_both` does two of them along both axes, `<name>_each` those of a group.
-_KINDS: Mapping[str, _Kind] = {
-    "fake_quantize": _Kind(
-        ("format", "axis", "scale_rule", "hadamard", "sign_seed", "fold"), ("rounding", "stream", "tensor_scale"), 1
-    ),
-    "quantize_rowwise": _Kind(
-        ("format", "axis", "scale_rule", "hadamard", "sign_seed"), ("rounding", "stream", "e5m2"), 4
-    ),
-    "tensor_scale": _Kind(("format", "axis", "scale_rule", "sign_seed"), ("hadamard",), 1),
+# What has to be the same of those that one op does, by the op for one tensor; `<name>_both` does two of them along both
+# axes, `<name>_each` those of a group.
+_SHARED: Mapping[str, tuple[str, ...]] = {
+    "fake_quantize": ("format", "axis", "scale_rule", "fold"),
+    "tensor_scale": ("format", "scale_rule"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """One quantisation along one axis.
+    """One quantisation along one axis, or one tensor scale.
 
     Attributes:
         kind: the name of the op that does it alone.
         given: its arguments.
-        first: the number of its first result among those of the node; None where the node is the result.
+        number: that of its result among those of the node; None where the node is the result.
     """
 
     node: Node
     kind: str
     given: Mapping[str, Any]
-    first: int | None
+    number: int | None
 
     @property
     def x(self) -> Node:
@@ -81,17 +66,16 @@ class _Read:
     @property
     def group(self) -> tuple[Any, ...]:
         """What has to be the same of those that one op does."""
-        return self.kind, self.x.meta["val"].dtype, *(self.given[name] for name in _KINDS[self.kind].shared)
+        return self.kind, self.x.meta["val"].dtype, *(self.given[name] for name in _SHARED[self.kind])
 
-    def replace(self, results: Sequence[Node]) -> None:
-        """Have others read these results."""
-        if self.first is None and len(results) == 1:
-            self.node.replace_all_uses_with(results[0])
+    def replace(self, result: Node) -> None:
+        """Have others read this result."""
+        if self.number is None:
+            self.node.replace_all_uses_with(result)
             return
         for item in list(self.node.users):
-            number = cast(int, item.args[1]) - (self.first or 0)
-            if 0 <= number < len(results):
-                item.replace_all_uses_with(results[number])
+            if item.args[1] == self.number:
+                item.replace_all_uses_with(result)
                 self.node.graph.erase_node(item)
 
 
@@ -102,25 +86,28 @@ def _reads(node: Node) -> list[_Read]:
         Refused: no op does them for several tensors.
     """
     kind, both, _ = BY_OVERLOAD[node.target].name.partition("_both")
-    if kind not in _KINDS:
+    if kind not in _SHARED:
         raise Refused(f"{node} stands alone")
     given = arguments(node)
     if not both:
         return [_read(node, kind, {**given, "axis": given["axis"] % 2}, None)]
-    if kind == "tensor_scale":  # of x as it is, and transformed
-        ones = [{**given, "hadamard": 0}, given]
-    else:
-        pairs = {name for name, value in given.items() if isinstance(value, list | tuple)}
-        ones = [{**given, **{name: given[name][axis] for name in pairs}, "axis": axis} for axis in (0, 1)]
-        ones = [{**one, "tensor_scale": given.get(f"tensor_scale_{axis}")} for axis, one in enumerate(ones)]
-    return [_read(node, kind, one, number * _KINDS[kind].parts) for number, one in enumerate(ones)]
+    pairs = {name for name, value in given.items() if isinstance(value, list | tuple)}
+    ones = [{**given, **{name: given[name][axis] for name in pairs}, "axis": axis} for axis in (0, 1)]
+    return [
+        _read(node, kind, {**one, "tensor_scale": given.get(f"tensor_scale_{axis}")}, axis)
+        for axis, one in enumerate(ones)
+    ]
 
 
-def _read(node: Node, kind: str, given: dict[str, Any], first: int | None) -> _Read:
+def _read(node: Node, kind: str, given: dict[str, Any], number: int | None) -> _Read:
+    if given.get("rounding", "nearest") != "nearest":
+        raise Refused(f"{node} rounds at random, which arithmetic bounds")
+    if given["hadamard"]:
+        raise Refused(f"{node} is behind a transform, which arithmetic bounds")
     if given.get("block_2d"):
         raise Refused(f"{node} has 2-D blocks")
     given["scale_rule"] = FORMATS[given["format"]].rule(given["scale_rule"])
-    return _Read(node, kind, given, first)
+    return _Read(node, kind, given, number)
 
 
 # --- what to bundle --------------------------------------------------------------------------------------------------
@@ -179,6 +166,9 @@ def _plan(bundle: Mapping[Node, list[_Read]], alone: Set[Node], survey: Survey) 
     groups = [(reads, survey.produced(*(read.x for read in reads))) for reads in by_group.values()]
     if len(groups) == sum(map(len, bundle.values())):
         raise Refused("no two tensors share an op")
+    most = max(map(len, by_group.values()))
+    if most > MOST_RESULTS:
+        raise Refused(f"{most} tensors of one op, which takes {MOST_RESULTS}")
     now, written = 0, []
     for root, reads in bundle.items():
         nodes = {read.node for read in reads}
@@ -219,7 +209,7 @@ def _check_order(groups: _Groups) -> None:
 
 
 # Node -> those that it has to stand behind without reading them.
-_Waits = Mapping[Node, Set[Node]]
+_Waits = Mapping[Node, Sequence[Node]]
 
 
 def _found_behind(nodes: Iterable[Node], sought: Container[Node], waits: _Waits | None = None) -> Node | None:
@@ -240,18 +230,14 @@ def _found_behind(nodes: Iterable[Node], sought: Container[Node], waits: _Waits 
 
 def _op(graph: Graph, reads: Sequence[_Read], produced: Produced) -> Node:
     """The op of one group, in front of what it replaces."""
-    kind, first, like = _KINDS[reads[0].kind], reads[0], min(read.node for read in reads)
-    op = OPS[first.kind if len(reads) == 1 else f"{first.kind}_each"]
-    given = {name: first.given[name] for name in kind.shared}
-    for name in kind.own:
-        own = [read.given[name] for read in reads]
-        each = {f"{name}_{i}": value for i, value in enumerate(own)} if f"{name}_0" in op.signature.parameters else {}
-        given |= each or {name: own if len(reads) > 1 else own[0]}
-    seeds = {read.given["seed"] for read in reads if read.given.get("rounding", "nearest") != "nearest"}
-    if len(seeds) > 1:
-        raise Refused("they have different seeds")
-    if seeds:
-        given["seed"] = seeds.pop()
+    first, like = reads[0], min(read.node for read in reads)
+    several = len(reads) > 1
+    op = OPS[f"{first.kind}_each" if several else first.kind]
+    given = {name: first.given[name] for name in _SHARED[first.kind]}
+    for i, read in enumerate(reads):
+        scale = read.given.get("tensor_scale")
+        if scale is not None:
+            given[f"tensor_scale_{i}" if several else "tensor_scale"] = scale
     with graph.inserting_before(like):
         given |= produced.arguments(graph, first.x, like)
         required = [p.name for p in op.signature.parameters.values() if p.default is p.empty]
@@ -277,28 +263,27 @@ def _rewrite(graph: Graph, groups: _Groups, context: Context) -> dict[Node, list
                 graph.erase_node(matrix)
         return results
     for (reads, _), node in zip(groups, made, strict=True):
-        parts = _KINDS[reads[0].kind].parts
         items = [node]
-        if len(reads) * parts > 1:
+        if len(reads) > 1:
             with graph.inserting_before(node.next):
-                items = [call(graph, operator.getitem, (node, n), node) for n in range(len(reads) * parts)]
-        for i, read in enumerate(reads):
-            read.replace(items[i * parts : (i + 1) * parts])
+                items = [call(graph, operator.getitem, (node, n), node) for n in range(len(reads))]
+        for read, item in zip(reads, items, strict=True):
+            read.replace(item)
         results[node] = items
     for node in {read.node for reads, _ in groups for read in reads}:
         graph.erase_node(node)
     return results
 
 
-def _use_up(results: Mapping[Node, Sequence[Node]], waits: defaultdict[Node, set[Node]]) -> None:
+def _use_up(results: Mapping[Node, Sequence[Node]], waits: defaultdict[Node, list[Node]]) -> None:
     """Have the results of one op read before the next op makes its own, those of the op with most results first.
 
     All of them would be alive at once otherwise, and what they are computed from: the largest tensors of a step.
     """
     for first, then in combinations(sorted(results, key=lambda op: -len(results[op])), 2):
-        last = {reader for result in results[first] for reader in readers(result, MOVES)}
+        last = [reader for result in results[first] for reader in readers(result, MOVES)]
         if not _found_behind(last, {then}, waits):
-            waits[then] |= last
+            waits[then] += last
 
 
 def _sort(graph: Graph, waits: _Waits) -> None:
@@ -337,7 +322,7 @@ class Bundle:
         survey = Survey.of(graph)
         alone = set(absorbed(consumers, survey))
         done = 0
-        waits: defaultdict[Node, set[Node]] = defaultdict(set)
+        waits: defaultdict[Node, list[Node]] = defaultdict(list)
         for half in (False, True):
             inside = [node for node in consumers if is_backward(node) is half]
             for bundle in list(_bundles(_members(inside, survey))):

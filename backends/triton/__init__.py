@@ -39,6 +39,7 @@ from fp4compile.backends.triton import (
     rowwise,
 )
 from fp4compile.backends.triton.replay import Plan, Replay
+from fp4compile.producer import MOST_RESULTS, parse
 
 Bind = Callable[[Mapping[str, Any]], Callable[..., Any]]
 
@@ -88,24 +89,15 @@ def _producer(arguments: Mapping[str, Any]) -> str | None:
     return produce.refusal(arguments["producer"])
 
 
-def _results(name: str, most: int) -> checks.Check:
-    """A check that a producer makes as many tensors as there are options of a name, and a kernel can take them."""
-
-    def results(arguments: Mapping[str, Any]) -> str | None:
-        wanted = len(arguments[name])
-        return produce.refusal(arguments["producer"], wanted) if 1 < wanted <= most else f"{wanted} of 2 to {most}"
-
-    return results
+def _several(arguments: Mapping[str, Any]) -> str | None:
+    return produce.refusal(arguments["producer"], range(2, MOST_RESULTS + 1))
 
 
 def _scale_of_each(arguments: Mapping[str, Any]) -> str | None:
-    missing = {arguments[f"tensor_scale_{i}"] is None for i in range(len(arguments["rounding"]))}
-    return "some have a tensor scale and some have none" if len(missing) > 1 else None
-
-
-def _one_transform(arguments: Mapping[str, Any]) -> str | None:
-    sizes = set(arguments["hadamard"]) - {0}
-    return f"transforms of sizes {sorted(sizes)}" if len(sizes) > 1 else None
+    scales = [arguments[f"tensor_scale_{i}"] for i in range(len(parse(arguments["producer"]).results))]
+    if len({scale is None for scale in scales}) > 1:
+        return "some have a tensor scale and some have none"
+    return _objection([checks.scalars], ({"tensor_scale": scale} for scale in scales))
 
 
 def _transform_size(arguments: Mapping[str, Any]) -> str | None:
@@ -119,16 +111,8 @@ def _transformed(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _one_launch_pays(arguments: Mapping[str, Any]) -> str | None:
-    hadamard = arguments["hadamard"]
-    sizes = [hadamard] if isinstance(hadamard, int) else hadamard
-    bound = codec.arithmetic_bounds(arguments["rounding"], sizes)
-    return "arithmetic bounds it, so that kernels one by one are as fast" if bound else None
-
-
-def _of_one(arguments: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """The arguments of the i-th of several quantisations: options that come in lists are taken apart."""
-    own = {name: value[i] for name, value in arguments.items() if isinstance(value, list | tuple)}
-    return {**arguments, **own, "tensor_scale": arguments.get(f"tensor_scale_{i}")}
+    bound = codec.arithmetic_bounds(arguments["rounding"], arguments["hadamard"])
+    return "arithmetic bounds it, so that two kernels are as fast" if bound else None
 
 
 def _objection(required: Sequence[checks.Check], given: Iterable[Mapping[str, Any]]) -> str | None:
@@ -137,19 +121,18 @@ def _objection(required: Sequence[checks.Check], given: Iterable[Mapping[str, An
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _of_each(name: str, *required: checks.Check) -> checks.Check:
-    """A check of several tensors, as many as there are options of a name, by checks of one."""
-    return lambda arguments: _objection(required, (_of_one(arguments, i) for i in range(len(arguments[name]))))
-
-
 def _along_both(*required: checks.Check) -> checks.Check:
-    """A check of a matrix along either axis, by checks of one."""
+    """A check of a matrix along either axis, by checks of one: options that come in pairs are taken apart."""
+
+    def along(arguments: Mapping[str, Any], axis: int) -> dict[str, Any]:
+        own = {name: value[axis] for name, value in arguments.items() if isinstance(value, list | tuple)}
+        return {**arguments, **own, "axis": axis, "tensor_scale": arguments.get(f"tensor_scale_{axis}")}
 
     def along_both(arguments: Mapping[str, Any]) -> str | None:
         x = arguments["x"]
         if x.dim() != 2:
             return f"x has {x.dim()} axes, not two"
-        return _objection(required, ({**_of_one(arguments, axis), "axis": axis} for axis in (0, 1)))
+        return _objection(required, (along(arguments, axis) for axis in (0, 1)))
 
     return along_both
 
@@ -228,13 +211,11 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _replayed(
         "triton/fake_quantize_each", "fake_quantize_each", codec.plan_fake_quantize_each,
-        *_QUANTIZED, _matrix, _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
-        _of_each("rounding", checks.scalars, checks.rounding), _scale_of_each, _one_launch_pays,
+        *_QUANTIZED, _matrix, _several, checks.scale_rule, _scale_of_each,
     ),
     _replayed(
         "triton/tensor_scale_each", "tensor_scale_each", codec.plan_tensor_scale_each,
-        _on_one_gpu, checks.input, _matrix, checks.scale_rule, checks.scalars,
-        _results("hadamard", codec.MOST_SCALES), _one_transform, _of_each("hadamard", _transform_size),
+        _on_one_gpu, checks.input, _matrix, _several, checks.scale_rule,
     ),
     _replayed("triton/quantize", "quantize", codec.plan_quantize, *_QUANTIZED, *_OPTIONS),
     _replayed(
@@ -250,11 +231,6 @@ KERNELS: tuple[Kernel, ...] = (
     _replayed(
         "triton/quantize_rowwise_both", "quantize_rowwise_both", rowwise.plan_quantize_rowwise_both,
         *_ROWS, _along_both(*_OPTIONS_OF_ROWS), least=rowwise.LEAST_CAPABILITY,
-    ),
-    _replayed(
-        "triton/quantize_rowwise_each", "quantize_rowwise_each", rowwise.plan_quantize_rowwise_each,
-        *_ROWS[:-1], _results("rounding", codec.MOST_RESULTS), checks.scale_rule, _transform_size,
-        _of_each("rounding", checks.rounding), _one_launch_pays, least=rowwise.LEAST_CAPABILITY,
     ),
     _bound(
         "cublas/mm_rowwise", "mm_rowwise", rowwise.bind_mm_rowwise,

@@ -25,11 +25,12 @@ from fp4compile.backends.triton.replay import Launches, Replay, contiguous
 from fp4compile.codec import E4M3_MAX, SCALINGS, TENSOR_SCALE_MIN, e6m2_max, e8m0_up_from
 from fp4compile.formats import E2M1, FORMATS, Element, Format
 from fp4compile.hadamard import SIGN_STREAM
-from fp4compile.producer import MOST_OPERANDS, parse, produced_dtype
+from fp4compile.producer import MOST_OPERANDS, MOST_RESULTS, parse, produced_dtype
 
 HADAMARD_SIZES = (0, 16, 32, 64, 128)
 DTYPES = checks.DTYPES
 _POINTERS = tuple(f"p{i}" for i in range(1, MOST_OPERANDS))
+_RESULTS = range(MOST_RESULTS)
 _KERNELS = "codec_kernels"
 _FLAT = 8192  # elements per program where blocks play no part
 
@@ -62,7 +63,6 @@ LONG_COLUMNS = Tile(elements=2048, per_warp=2048, least=64, low=8, vector=8)
 BOTH = Tile(elements=4096, per_warp=1024, least=64, low=8, vector=4)
 # Of several tensors, whose producer holds all of them in registers, a thread takes fewer elements.
 EACH_COLUMNS = Tile(elements=2048, per_warp=512, least=64, low=8, vector=2)
-LONG_EACH_COLUMNS = Tile(elements=1024, per_warp=1024, least=64, low=8, vector=4)
 _LONG = 64
 # The least edge of a tile that is quantised along both axes. Its threads hold as much as those of COLUMNS.
 _EDGE = 64
@@ -181,10 +181,6 @@ def geometry(shape: Sequence[int], axis: int, run: int, pad: int, block_2d: bool
 
 def _columns(hadamard: int) -> Tile:
     return LONG_COLUMNS if hadamard >= _LONG else COLUMNS
-
-
-def _each_columns(hadamard: int) -> Tile:
-    return LONG_EACH_COLUMNS if hadamard >= _LONG else EACH_COLUMNS
 
 
 def _tile(g: Geometry, scaling: str, run: int, edge: int, columns: Tile) -> tuple[int, dict[str, Any], int]:
@@ -403,9 +399,8 @@ def plan_tensor_scale(
 
     It is the same under every scale rule that the kernels have.
     """
-    launches, (y,) = _plan_scales(
-        x, _scaling(x.shape, format, axis % x.dim(), hadamard, producer, False), sign_seed, operands
-    )
+    planned = _scaling(x.shape, format, axis % x.dim(), hadamard, producer, False)
+    launches, (y,) = _plan_scales(x, planned, {**pointers(operands), "sign_seed_ptr": sign_seed})
     return launches, y
 
 
@@ -420,18 +415,19 @@ def plan_tensor_scale_both(
     **operands: Tensor | None,
 ) -> tuple[Launches, tuple[Tensor, ...]]:
     """The two launches of the op `tensor_scale_both` on contiguous tensors with their arguments, and its results."""
-    return _plan_scales(x, _scaling(x.shape, format, axis % x.dim(), hadamard, producer, True), sign_seed, operands)
+    planned = _scaling(x.shape, format, axis % x.dim(), hadamard, producer, True)
+    return _plan_scales(x, planned, {**pointers(operands), "sign_seed_ptr": sign_seed})
 
 
 def _plan_scales(
-    x: Tensor, launches: tuple[Launch, Launch], sign_seed: Tensor | None, operands: Mapping[str, Tensor | None]
+    x: Tensor, launches: tuple[Launch, Launch], others: Mapping[str, Tensor | None]
 ) -> tuple[Launches, tuple[Tensor, ...]]:
-    """Launches with their arguments, and as many results as the last one has programs."""
+    """Launches with their arguments, the first reading others beside x; as many results as the last has programs."""
     amax, last = launches
     results = tuple(x.new_empty((), dtype=torch.float32) for _ in range(last.grid))
     partial = x.new_empty((last.grid * amax.grid,), dtype=torch.int32)
-    given = {"x_ptr": x, "partial_ptr": partial, "sign_seed_ptr": sign_seed, **pointers(operands)}
-    written = {f"y_{i}_ptr": results[i] if i < len(results) else None for i in range(MOST_SCALES)}
+    given = {"x_ptr": x, "partial_ptr": partial, **others}
+    written = {f"y_{i}_ptr": results[i] if i < len(results) else None for i in _RESULTS}
     return [(amax, given), (last, {"partial_ptr": partial, **written})], results
 
 
@@ -533,34 +529,18 @@ def plan_fake_quantize_both(
 
 # --- several tensors of one producer ---------------------------------------------------------------------------------
 
-MOST_RESULTS = 3
-MOST_SCALES = 2 * MOST_RESULTS  # of each as it is, and transformed
-_RESULTS = range(MOST_RESULTS)
-
 
 @lru_cache(maxsize=4096)
 def _quantizing_each(
-    shape: torch.Size,
-    format: str,
-    axis: int,
-    rounding: tuple[str, ...],
-    stream: tuple[int, ...],
-    scale_rule: str | None,
-    hadamard: int,
-    fold: bool,
-    producer: str,
+    shape: torch.Size, format: str, axis: int, scale_rule: str | None, fold: bool, producer: str
 ) -> Launch:
     """What calls of `fake_quantize_each` share."""
     arguments, constants = map(dict, encoder(format, scale_rule, "nearest", parse(producer).dtype))
     del constants["STOCHASTIC"]
-    run = max(constants["BLOCK"], hadamard)
-    g = geometry(shape, axis, run, hadamard, False)
-    grid, tile, warps = _tile(g, constants["SCALING"], run, 0, _each_columns(hadamard))
-    arguments |= {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
-    arguments |= {f"stream_{i}": signed(stream[i]) if i < len(stream) else 0 for i in _RESULTS}
-    constants |= {f"STOCHASTIC_{i}": rounding[i : i + 1] == ("stochastic",) for i in _RESULTS}
-    constants |= {**transform(hadamard), **tile, **_producing(shape, producer), "FOLD": fold}
-    constants["ALIGNED"] = (g.lanes if g.columns else g.padded) % 4 == 0
+    g = geometry(shape, axis, constants["BLOCK"], 0, False)
+    grid, tile, warps = _tile(g, constants["SCALING"], constants["BLOCK"], 0, EACH_COLUMNS)
+    arguments |= {"lanes": g.lanes, "size": g.size}
+    constants |= {**tile, **_producing(shape, producer), "FOLD": fold}
     return Launch(_KERNELS, "fake_quantize_each", grid, arguments, constants, warps)
 
 
@@ -568,68 +548,46 @@ def plan_fake_quantize_each(
     x: Tensor,
     format: str,
     axis: int,
-    rounding: Sequence[str],
-    stream: Sequence[int],
     scale_rule: str | None,
-    hadamard: int,
     tensor_scale_0: Tensor | None,
     tensor_scale_1: Tensor | None,
     tensor_scale_2: Tensor | None,
-    seed: Tensor | None,
-    sign_seed: Tensor | None,
     fold: bool,
     producer: str,
     **operands: Tensor | None,
 ) -> tuple[Launches, tuple[Tensor, ...]]:
     """The launch of the op `fake_quantize_each` on contiguous tensors with its arguments, and its results."""
-    axis %= x.dim()
-    scales, options = (tensor_scale_0, tensor_scale_1, tensor_scale_2), (tuple(rounding), tuple(stream))
+    scales, made = (tensor_scale_0, tensor_scale_1, tensor_scale_2), parse(producer)
     folded = fold and tensor_scale_0 is not None
-    launch = _quantizing_each(x.shape, format, axis, *options, scale_rule, hadamard, folded, producer)
-    dtype, shape = produced_dtype(x, producer), _transformed(x.shape, axis, hadamard)
-    results = tuple(x.new_empty(shape, dtype=dtype) for _ in rounding)
+    launch = _quantizing_each(x.shape, format, axis % x.dim(), scale_rule, folded, producer)
+    results = tuple(x.new_empty(x.shape, dtype=made.dtype) for _ in made.results)
     given = {
         "x_ptr": x,
         **pointers(operands),
         **{f"y_{i}_ptr": results[i] if i < len(results) else None for i in _RESULTS},
         **{f"ts_{i}_ptr": scale for i, scale in enumerate(scales)},
-        "seed_ptr": seed,
-        "sign_seed_ptr": sign_seed,
     }
     return [(launch, given)], results
 
 
 @lru_cache(maxsize=4096)
-def _scaling_each(
-    shape: torch.Size, format: str, axis: int, hadamard: tuple[int, ...], producer: str
-) -> tuple[Launch, Launch]:
+def _scaling_each(shape: torch.Size, format: str, producer: str) -> tuple[Launch, Launch]:
     """What calls of `tensor_scale_each` share: the maxima of all tiles, then of those."""
-    size = max(hadamard)
-    run = size or _EDGE
-    g = geometry(shape, axis if size else len(shape) - 1, run, size, False)
-    grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, run, 0, _each_columns(size))
-    arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
-    transformed = sum(1 << i for i, each in enumerate(hadamard) if each)
-    constants = {**transform(size), **tile, **_producing(shape, producer), "TRANSFORMED": transformed}
-    return Launch(_KERNELS, "amax_each", grid, arguments, constants, warps), _from_maxima(format, grid, len(hadamard))
+    g = geometry(shape, len(shape) - 1, _EDGE, 0, False)
+    grid, tile, warps = _tile(g, FORMATS[format].levels[0].dtype, _EDGE, 0, EACH_COLUMNS)
+    arguments, constants = {"lanes": g.lanes, "size": g.size}, {**tile, **_producing(shape, producer)}
+    amax = Launch(_KERNELS, "amax_each", grid, arguments, constants, warps)
+    return amax, _from_maxima(format, grid, len(parse(producer).results))
 
 
 def plan_tensor_scale_each(
-    x: Tensor,
-    format: str,
-    axis: int,
-    hadamard: Sequence[int],
-    sign_seed: Tensor | None,
-    producer: str,
-    scale_rule: str | None,
-    **operands: Tensor | None,
+    x: Tensor, format: str, producer: str, scale_rule: str | None, **operands: Tensor | None
 ) -> tuple[Launches, tuple[Tensor, ...]]:
     """The two launches of the op `tensor_scale_each` on contiguous tensors with their arguments, and its results.
 
     They are the same under every scale rule that the kernels have.
     """
-    launches = _scaling_each(x.shape, format, axis % x.dim(), tuple(hadamard), producer)
-    return _plan_scales(x, launches, sign_seed, operands)
+    return _plan_scales(x, _scaling_each(x.shape, format, producer), pointers(operands))
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -658,7 +658,7 @@ def fake_quantize(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["up_from", "k_max", "stream_0", "stream_1", "stream_2", "sign_stream"])
+@triton.jit(do_not_specialize=["up_from", "k_max"])
 def fake_quantize_each(
     x_ptr,
     p1,
@@ -671,15 +671,8 @@ def fake_quantize_each(
     ts_0_ptr,
     ts_1_ptr,
     ts_2_ptr,
-    seed_ptr,
-    sign_seed_ptr,
     lanes,
     size,
-    padded,
-    stream_0,
-    stream_1,
-    stream_2,
-    sign_stream,
     up_from,
     k_max,
     s_max,
@@ -690,7 +683,6 @@ def fake_quantize_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALING: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -698,28 +690,22 @@ def fake_quantize_each(
     TOP: tl.constexpr,
     EMAX: tl.constexpr,
     TRUNCATION_FREE: tl.constexpr,
-    STOCHASTIC_0: tl.constexpr,
-    STOCHASTIC_1: tl.constexpr,
-    STOCHASTIC_2: tl.constexpr,
     FOLD: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    LOG2: tl.constexpr,
-    FACTOR: tl.constexpr,
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """y_i = dequantised(quantised(i-th result of PRODUCE)) for two results or three; of two y_2_ptr is None."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    """y_i = dequantised(quantised(i-th result of PRODUCE)), to nearest; of two results y_2_ptr is None."""
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
     for i in tl.static_range(len(made)):
         x = _to_lanes(made[i], L, K, COLUMNS)
         _fake_quantise(
-            x, (y_0_ptr, y_1_ptr, y_2_ptr)[i], (ts_0_ptr, ts_1_ptr, ts_2_ptr)[i], seed_ptr, sign_seed_ptr,
-            batch, lane, k, lanes, padded, (stream_0, stream_1, stream_2)[i], sign_stream, up_from, k_max, s_max,
-            L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, 0, SCALING, ELEMENT, STEP, TOP, EMAX,
-            TRUNCATION_FREE, (STOCHASTIC_0, STOCHASTIC_1, STOCHASTIC_2)[i], FOLD, HADAMARD, LOG2, FACTOR,
+            x, (y_0_ptr, y_1_ptr, y_2_ptr)[i], (ts_0_ptr, ts_1_ptr, ts_2_ptr)[i], None, None,
+            batch, lane, k, lanes, size, 0, 0, up_from, k_max, s_max,
+            L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, True, BLOCK, 0, SCALING, ELEMENT, STEP, TOP, EMAX,
+            TRUNCATION_FREE, False, FOLD, 0, 0, 1.0,
         )  # fmt: skip
 
 
@@ -954,7 +940,7 @@ def _scale_of(partial_ptr, y_ptr, count, TOP: tl.constexpr, LEAST: tl.constexpr,
     tl.store(y_ptr, tl.where(amax == 0.0, 1.0, scale))
 
 
-@triton.jit(do_not_specialize=["sign_stream"])
+@triton.jit
 def amax_each(
     x_ptr,
     p1,
@@ -962,11 +948,8 @@ def amax_each(
     p3,
     p4,
     partial_ptr,
-    sign_seed_ptr,
     lanes,
     size,
-    padded,
-    sign_stream,
     L: tl.constexpr,
     K: tl.constexpr,
     LOW: tl.constexpr,
@@ -974,22 +957,16 @@ def amax_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    LOG2: tl.constexpr,
-    FACTOR: tl.constexpr,
-    TRANSFORMED: tl.constexpr,
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`amax` of every result of PRODUCE, one behind the other; bit i of TRANSFORMED: under the transform."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    """`amax` of every result of PRODUCE, one behind the other."""
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
     for i in tl.static_range(len(made)):
         x = _to_lanes(made[i], L, K, COLUMNS)
-        if (TRANSFORMED >> i) & 1:
-            x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
         tl.store(partial_ptr + i * tl.num_programs(0) + tl.program_id(0), _largest_finite(x))
 
 
@@ -999,17 +976,14 @@ def tensor_scale(
     y_0_ptr,
     y_1_ptr,
     y_2_ptr,
-    y_3_ptr,
-    y_4_ptr,
-    y_5_ptr,
     count,
     TOP: tl.constexpr,
     LEAST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Tensor scales from the maxima of all tiles, those of one behind those of the other: a program for each."""
-    pointers = (y_0_ptr, y_1_ptr, y_2_ptr, y_3_ptr, y_4_ptr, y_5_ptr)
-    for i in tl.static_range(6):
+    pointers = (y_0_ptr, y_1_ptr, y_2_ptr)
+    for i in tl.static_range(3):
         if pointers[i] is not None:  # noqa: SIM102, known when this is compiled
             if tl.program_id(0) == i:
                 _scale_of(partial_ptr + i * count, pointers[i], count, TOP, LEAST, CHUNK)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -67,13 +68,13 @@ def _line(number: int, step: Step) -> str:
     return f"t{number} = {_ROUNDED[step.dtype].format(SPELLINGS[step.function].format(*step.values))}"
 
 
-def refusal(text: str, results: int = 1) -> str | None:
-    """Why no kernel computes a producer of so many tensors, or None."""
+def refusal(text: str, wanted: Collection[int] = (1,)) -> str | None:
+    """Why no kernel computes a producer of one of the wanted numbers of tensors, or None."""
     if not text:
-        return None if results == 1 else "without a producer there is one tensor"
+        return None if 1 in wanted else "without a producer there is one tensor"
     producer = parse(text)
-    if len(producer.results) != results:
-        return f"the producer makes {len(producer.results)} tensors, not {results}"
+    if len(producer.results) not in wanted:
+        return f"tensors that the producer makes: {len(producer.results)}, not {' or '.join(map(str, wanted))}"
     if len(producer.layouts) > MOST_OPERANDS or producer.layouts[0] != "full":
         return f"it computes what it quantises from {MOST_OPERANDS} operands at most, the first of full size"
     unknown = {step.function for step in producer.steps} - SPELLINGS.keys()

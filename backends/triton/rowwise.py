@@ -2,7 +2,6 @@
 
     quantize_rowwise(x)       ->  window (scales of rows, flags cleared), quantize
     quantize_rowwise_both(x)  ->  window of both axes, quantize of both from one read, or of each where random
-    quantize_rowwise_each(x)  ->  window and quantize of all that a producer makes of x and others
     mm_rowwise(a, b)          ->  torch._scaled_mm, then `exact` over all that read a flagged row
 
 Nothing waits for the device: `exact` is always launched, and returns at once where no flag stands.
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from fp4compile import rowwise
 from fp4compile.backends.triton import produce
-from fp4compile.backends.triton.codec import MOST_RESULTS, encoder, padded_size, pointers, transform
-from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, round_up, signed
+from fp4compile.backends.triton.codec import encoder, padded_size, pointers, transform
+from fp4compile.backends.triton.launch import Launch, ceil_div, kept_zeros, power_of_two, signed
 from fp4compile.backends.triton.replay import Launches, Replay
 from fp4compile.formats import FORMATS
 from fp4compile.hadamard import SIGN_STREAM, signs
-from fp4compile.producer import parse, produced_dtype
+from fp4compile.producer import produced_dtype
 from fp4compile.rowwise import FLAGGED, GROUP, RUNS
 
 
@@ -49,8 +48,6 @@ TILES: dict[tuple[int, ...], Tile] = {
 }
 # Instead of those, under random numbers.
 RANDOM_TILES: dict[tuple[int, ...], Tile] = {(1,): Tile(32, 64, 1)}
-# Of several tensors of one producer, by the axis; not timed on hardware, counted: benchmarks/NOTES.md.
-EACH_TILES: dict[int, Tile] = {0: Tile(32, 64, 1), 1: Tile(32, 64, 2)}
 # Elements that lie side by side and that a thread reads at once, for axis 0 and for axis 1.
 _VECTORS = (2, 8)
 
@@ -277,93 +274,6 @@ def plan_quantize_rowwise_both(
     options = zip(rounding, scale_rule, stream, hadamard, strict=True)
     wanted = tuple((axis, Axis(*each)) for axis, each in enumerate(options))
     return plan_rows(x, format, wanted, seed, sign_seed, **produced)
-
-
-# --- several tensors of one producer ---------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _plan_each(
-    shape: torch.Size,
-    format: str,
-    axis: int,
-    rounding: tuple[str, ...],
-    stream: tuple[int, ...],
-    e5m2: tuple[bool, ...],
-    scale_rule: str | None,
-    hadamard: int,
-    signs_drawn: bool,
-    producer: str,
-) -> tuple[Launch, Launch]:
-    """What calls of `quantize_rowwise_each` share: both launches without tensors and seeds."""
-    fmt, tile, dtype = FORMATS[format], EACH_TILES[axis], parse(producer).dtype
-    lanes, size = shape[1 - axis], shape[axis]
-    padded = padded_size(size, hadamard)
-    length = round_up(padded, fmt.block)
-    edges = tile.rows, tile.columns
-    lane_edge, k_edge = edges[1 - axis], max(edges[axis], hadamard)
-    encoding, _ = encoder(format, scale_rule, "nearest", dtype)
-    emax = math.floor(math.log2(fmt.element.max))
-    down, along = ceil_div(lanes, lane_edge), ceil_div(max(size, length), k_edge)
-    made = {"PRODUCE": produce.function(producer), "COLUMNS": axis == 0, "EMAX": emax}
-    arguments: dict[str, Any] = {"lanes": lanes, "size": size, "padded": padded, "length": length}
-    arguments |= {name: encoding[name] for name in ("up_from", "k_max")}
-    arguments |= {"across": down if axis == 0 else along, "sign_stream": SIGN_STREAM}
-    arguments |= {f"stream_{i}": signed(each) for i, each in enumerate((*stream, 0)[:MOST_RESULTS])}
-    constants = {
-        **made,
-        **transform(hadamard),
-        **{f"STOCHASTIC_{i}": rounding[i : i + 1] == ("stochastic",) for i in range(MOST_RESULTS)},
-        "L": lane_edge,
-        "K": k_edge,
-        "VECTOR": _VECTORS[axis],
-        "BLOCK": fmt.block,
-        "ALIGNED": (padded if axis else lanes) % 4 == 0,
-        "SIGNS": None if signs_drawn or hadamard > fmt.block else _signs(hadamard),
-        "BF16": dtype is torch.bfloat16,
-        "EVEN": lanes % lane_edge == 0 and size % k_edge == 0,
-        "WIDE": (lanes + lane_edge) * (max(size, length) + k_edge) >= 2**31,
-    }
-    windows = [rowwise.WINDOWS[rowwise.values_dtype(each)].headroom for each in (*e5m2, False)]
-    sampling = {**made, "RUN": RUNS[axis], **{f"HEADROOM_{i}": windows[i] for i in range(MOST_RESULTS)}}
-    warps = tile.warps * k_edge // edges[axis]
-    return (
-        Launch(_KERNELS, "window_each", ceil_div(lanes, GROUP), {"lanes": lanes, "size": size}, sampling, 4),
-        Launch(_KERNELS, "quantize_each", down * along, arguments, constants, warps),
-    )
-
-
-def plan_quantize_rowwise_each(
-    x: Tensor,
-    format: str,
-    axis: int,
-    rounding: Sequence[str],
-    stream: Sequence[int],
-    e5m2: Sequence[bool],
-    scale_rule: str | None,
-    seed: Tensor | None,
-    hadamard: int,
-    sign_seed: Tensor | None,
-    producer: str,
-    **operands: Tensor | None,
-) -> tuple[Launches, tuple[Tensor, ...]]:
-    """The two launches of the op `quantize_rowwise_each` on contiguous tensors, and its results."""
-    axis %= 2
-    options = tuple(rounding), tuple(stream), tuple(e5m2)
-    launches = _plan_each(x.shape, format, axis, *options, scale_rule, hadamard, sign_seed is not None, producer)
-    rows, length, block = x.shape[1 - axis], launches[1].arguments["length"], FORMATS[format].block
-    results = [_results(x, rowwise.values_dtype(wide), rows, length, length // block) for wide in e5m2]
-    source: dict[str, Any] = {"x_ptr": x, **pointers(operands)}
-    padding = [(None,) * len(_RESULTS)] * (MOST_RESULTS - len(results))
-    given = {
-        f"{name}_{i}_ptr": tensor
-        for i, tensors in enumerate([*results, *padding])
-        for name, tensor in zip(_RESULTS, tensors, strict=True)
-    }
-    window = source | {name: given[name] for name in given if name.startswith(("scale_", "flags_"))}
-    quantize = {**source, **given, "seed_ptr": seed, "sign_seed_ptr": sign_seed}
-    flat = tuple(tensor for tensors in results for tensor in tensors)
-    return [(launches[0], window), (launches[1], quantize)], flat
 
 
 # --- the GEMM --------------------------------------------------------------------------------------------------------

@@ -40,15 +40,13 @@ _MAGIC = tl.constexpr(6291456.0)
 
 @triton.jit
 def _read(x_ptr, p1, p2, p3, p4, index, row, column, rows, columns, EVEN: tl.constexpr, PRODUCE: tl.constexpr):
-    """Elements of x [rows, columns] in fp32, or of all that PRODUCE makes of it and the operands; zeros past the edges.
-
-    As a tuple, of which x is the only one.
-    """
+    """Elements of x [rows, columns], or of what PRODUCE makes of it and the operands, in fp32; zeros past the edges."""
     if PRODUCE is None:
         x = tl.load(x_ptr + index) if EVEN else tl.load(x_ptr + index, (row < rows) & (column < columns), 0.0)
-        return (x.to(tl.float32),)
+        return x.to(tl.float32)
     else:
-        return PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
+        (x,) = PRODUCE(x_ptr, p1, p2, p3, p4, index, row, column, row < rows, column < columns, EVEN)
+        return x
 
 
 # --- bf16 two by two -------------------------------------------------------------------------------------------------
@@ -167,14 +165,14 @@ def window(
             first = pid * _GROUP
             looked, lane = _sampled(rows, RUN0)[:, None], first + tl.arange(0, _GROUP)[None, :]
             index = looked * columns + lane
-            (x,) = _read(x_ptr, p1, p2, p3, p4, index, looked, lane, rows, columns, False, PRODUCE)
+            x = _read(x_ptr, p1, p2, p3, p4, index, looked, lane, rows, columns, False, PRODUCE)
             _place_window(x, scale0_ptr, flags0_ptr, first, columns, EMAX, HEADROOM, 0)
     if scale1_ptr is not None:  # noqa: SIM102
         if pid >= groups0:
             start = (pid - groups0) * _GROUP
             row, at = start + tl.arange(0, _GROUP)[:, None], _sampled(columns, RUN1)[None, :]
             index = row.to(tl.int64) * columns + at
-            (y,) = _read(x_ptr, p1, p2, p3, p4, index, row, at, rows, columns, False, PRODUCE)
+            y = _read(x_ptr, p1, p2, p3, p4, index, row, at, rows, columns, False, PRODUCE)
             _place_window(y, scale1_ptr, flags1_ptr, start, rows, EMAX, HEADROOM, 1)
 
 
@@ -323,37 +321,12 @@ def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _read_tile(
+def _quantize_axis(
     x_ptr,
     p1,
     p2,
     p3,
     p4,
-    lane,
-    k,
-    lanes,
-    size,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRODUCE: tl.constexpr,
-):
-    """A tile of L lanes, K elements each, as `_positions` orders it, of each tensor that `_read` finds."""
-    lane, k = _positions(lane, k, L, K, BLOCK, VECTOR, COLUMNS)
-    lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
-    index = _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
-    if COLUMNS:
-        return _read(x_ptr, p1, p2, p3, p4, index, k, lane, size, lanes, EVEN, PRODUCE)
-    else:
-        return _read(x_ptr, p1, p2, p3, p4, index, lane, k, lanes, size, EVEN, PRODUCE)
-
-
-@triton.jit
-def _quantize_axis(
-    x,
     values_ptr,
     scale_ptr,
     exponents_ptr,
@@ -363,6 +336,7 @@ def _quantize_axis(
     lane0,
     k0,
     lanes,
+    size,
     padded,
     length,
     counter_stream,
@@ -383,12 +357,20 @@ def _quantize_axis(
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
     SIGNS: tl.constexpr,
+    PRODUCE: tl.constexpr,
     BF16: tl.constexpr,
 ):
-    """A tile of L lanes in blocks along them, K elements each, of lanes `padded` by the transform and stored as rows of
-    `length`."""
+    """A tile of L lanes of x in blocks along them, K elements each, of lanes of `size`, `padded` by the transform and
+    stored as rows of `length`."""
     NB: tl.constexpr = K // BLOCK
     PAIRS: tl.constexpr = BF16 and not (STOCHASTIC or HADAMARD or INTERPRETED)  # which has no assembly
+    lane, k = _positions(lane0, k0, L, K, BLOCK, VECTOR, COLUMNS)
+    lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
+    index = _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
+    if COLUMNS:
+        x = _read(x_ptr, p1, p2, p3, p4, index, k, lane, size, lanes, EVEN, PRODUCE)
+    else:
+        x = _read(x_ptr, p1, p2, p3, p4, index, lane, k, lanes, size, EVEN, PRODUCE)
     loaded = x.to(tl.bfloat16)
     x = _to_blocks(x, L, NB, BLOCK, COLUMNS)
     if HADAMARD:
@@ -503,132 +485,18 @@ def quantize(
         pid = pid.to(tl.int64)
     row, column = pid // across * TILE0, pid % across * TILE1
     if values1_ptr is not None:
-        (x,) = _read_tile(
-            x_ptr, p1, p2, p3, p4, row, column, rows, columns, TILE0, TILE1, BLOCK, VECTOR1, False, EVEN, PRODUCE
-        )  # fmt: skip
         _quantize_axis(
-            x, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
-            row, column, rows, padded1, length1, stream1, sign_stream, up_from1, k_max,
+            x_ptr, p1, p2, p3, p4, values1_ptr, scale1_ptr, exponents1_ptr, flags1_ptr, seed_ptr, sign_seed_ptr,
+            row, column, rows, columns, padded1, length1, stream1, sign_stream, up_from1, k_max,
             TILE0, TILE1, VECTOR1, False, EVEN, ALIGNED1, WIDE, BLOCK, EMAX,
-            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1, BF16,
+            STOCHASTIC1, HADAMARD1, LOG21, FACTOR1, SIGNS1, PRODUCE, BF16,
         )  # fmt: skip
     if values0_ptr is not None:
-        (y,) = _read_tile(
-            x_ptr, p1, p2, p3, p4, column, row, columns, rows, TILE1, TILE0, BLOCK, VECTOR0, True, EVEN, PRODUCE
-        )  # fmt: skip
         _quantize_axis(
-            y, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
-            column, row, columns, padded0, length0, stream0, sign_stream, up_from0, k_max,
+            x_ptr, p1, p2, p3, p4, values0_ptr, scale0_ptr, exponents0_ptr, flags0_ptr, seed_ptr, sign_seed_ptr,
+            column, row, columns, rows, padded0, length0, stream0, sign_stream, up_from0, k_max,
             TILE1, TILE0, VECTOR0, True, EVEN, ALIGNED0, WIDE, BLOCK, EMAX,
-            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0, BF16,
-        )  # fmt: skip
-
-
-@triton.jit
-def window_each(
-    x_ptr,
-    p1,
-    p2,
-    p3,
-    p4,
-    scale_0_ptr,
-    scale_1_ptr,
-    scale_2_ptr,
-    flags_0_ptr,
-    flags_1_ptr,
-    flags_2_ptr,
-    lanes,
-    size,
-    EMAX: tl.constexpr,
-    HEADROOM_0: tl.constexpr,
-    HEADROOM_1: tl.constexpr,
-    HEADROOM_2: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RUN: tl.constexpr,
-    PRODUCE: tl.constexpr,
-):
-    """`window` along one axis of every result of PRODUCE; a program takes a group of lanes."""
-    first = tl.program_id(0) * _GROUP
-    if COLUMNS:
-        at, lane = _sampled(size, RUN)[:, None], first + tl.arange(0, _GROUP)[None, :]
-        made = _read(x_ptr, p1, p2, p3, p4, at * lanes + lane, at, lane, size, lanes, False, PRODUCE)
-    else:
-        lane, at = first + tl.arange(0, _GROUP)[:, None], _sampled(size, RUN)[None, :]
-        made = _read(x_ptr, p1, p2, p3, p4, lane.to(tl.int64) * size + at, lane, at, lanes, size, False, PRODUCE)
-    for i in tl.static_range(len(made)):
-        _place_window(
-            made[i], (scale_0_ptr, scale_1_ptr, scale_2_ptr)[i], (flags_0_ptr, flags_1_ptr, flags_2_ptr)[i],
-            first, lanes, EMAX, (HEADROOM_0, HEADROOM_1, HEADROOM_2)[i], 0 if COLUMNS else 1,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["stream_0", "stream_1", "stream_2", "sign_stream", "up_from", "k_max"])
-def quantize_each(
-    x_ptr,
-    p1,
-    p2,
-    p3,
-    p4,
-    values_0_ptr,
-    values_1_ptr,
-    values_2_ptr,
-    scale_0_ptr,
-    scale_1_ptr,
-    scale_2_ptr,
-    exponents_0_ptr,
-    exponents_1_ptr,
-    exponents_2_ptr,
-    flags_0_ptr,
-    flags_1_ptr,
-    flags_2_ptr,
-    seed_ptr,
-    sign_seed_ptr,
-    lanes,
-    size,
-    padded,
-    length,
-    stream_0,
-    stream_1,
-    stream_2,
-    sign_stream,
-    up_from,
-    k_max,
-    across,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EMAX: tl.constexpr,
-    STOCHASTIC_0: tl.constexpr,
-    STOCHASTIC_1: tl.constexpr,
-    STOCHASTIC_2: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    LOG2: tl.constexpr,
-    FACTOR: tl.constexpr,
-    SIGNS: tl.constexpr,
-    PRODUCE: tl.constexpr,
-    BF16: tl.constexpr,
-):
-    """`quantize` along one axis of every result of PRODUCE, two or three, from one read of its operands."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    if COLUMNS:
-        lane, k = pid % across * L, pid // across * K
-    else:
-        lane, k = pid // across * L, pid % across * K
-    made = _read_tile(x_ptr, p1, p2, p3, p4, lane, k, lanes, size, L, K, BLOCK, VECTOR, COLUMNS, EVEN, PRODUCE)
-    for i in tl.static_range(len(made)):
-        _quantize_axis(
-            made[i], (values_0_ptr, values_1_ptr, values_2_ptr)[i], (scale_0_ptr, scale_1_ptr, scale_2_ptr)[i],
-            (exponents_0_ptr, exponents_1_ptr, exponents_2_ptr)[i], (flags_0_ptr, flags_1_ptr, flags_2_ptr)[i],
-            seed_ptr, sign_seed_ptr, lane, k, lanes, padded, length, (stream_0, stream_1, stream_2)[i], sign_stream,
-            up_from, k_max, L, K, VECTOR, COLUMNS, EVEN, ALIGNED, WIDE, BLOCK, EMAX,
-            (STOCHASTIC_0, STOCHASTIC_1, STOCHASTIC_2)[i], HADAMARD, LOG2, FACTOR, SIGNS, BF16,
+            STOCHASTIC0, HADAMARD0, LOG20, FACTOR0, SIGNS0, PRODUCE, BF16,
         )  # fmt: skip
 
 

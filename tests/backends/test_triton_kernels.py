@@ -82,7 +82,7 @@ def check(op: str, **sample: Any) -> None:
     given = arguments(op, sample)
     on_gpu = moved(given, "cuda")
     answer = KERNELS[op].supports(on_gpu)
-    assert answer == Yes() or "kernels one by one are as fast" in answer.reason
+    assert answer == Yes() or "two kernels are as fast" in answer.reason
     assert_same(KERNELS[op].run(**on_gpu), OPS[op].reference(**given))
 
 
@@ -314,16 +314,15 @@ def both(x: Tensor, format: str, **options: Any) -> list[Planned]:
     return list(codec.plan_fake_quantize_both(**arguments("fake_quantize_both", sample))[0])
 
 
-def each(format: str, axis: int, **options: Any) -> list[Planned]:
+def each(format: str, axis: int) -> list[Planned]:
     """The launch of `fake_quantize_each` of two products in rows, of three in columns."""
     results = 2 if axis else 3
     scale = meta(dtype=torch.float32) if FORMATS[format].has_tensor_scale else None
     scales = {f"tensor_scale_{i}": scale for i in range(results)}
-    given = {"rounding": ["nearest"] * results, "stream": list(range(results)), **scales, **moved(options, "meta")}
     products = "full full: t0 = mul.bfloat16(a0, a1); t1 = mul.bfloat16(a0, t0); t2 = mul.bfloat16(a1, a1) -> "
     names = " ".join(f"t{i}" for i in range(results))
     sample = {"x": meta(256, 512), "p1": meta(256, 512), "format": format, "axis": axis, "producer": products + names}
-    sample |= given
+    sample |= scales
     return list(codec.plan_fake_quantize_each(**arguments("fake_quantize_each", sample))[0])
 
 
@@ -346,8 +345,7 @@ COMPILED: dict[str, Callable[[], list[Planned]]] = {
     "hif4 both": lambda: both(meta(256, 512), "hif4"),
     "nvfp4 both": lambda: both(meta(256, 512), "nvfp4", hadamard=[16, 0]),
     "hif4 each of columns": lambda: each("hif4", 0),
-    "nvfp4 each of rows, Hadamard": lambda: each("nvfp4", 1, hadamard=16),
-    "mxfp4 each of columns, stochastic": lambda: each("mxfp4", 0, rounding=["stochastic"] * 3, seed=SEED),
+    "nvfp4 each of rows": lambda: each("nvfp4", 1),
     "decoding": lambda: [*decoding("hif4", 1), *decoding("nvfp4", 0)],
     "tensor scale": lambda: [*scaling(0, 0), *scaling(0, 16)],
     "tensor scales": lambda: [
@@ -416,8 +414,7 @@ def test_producers_compile_for_sm_90(shape: tuple[int, int]) -> None:
     operands = {"p1": meta(shape[0], 1), "p2": meta(1, shape[1]), "p3": meta(1)}
     calls.append(_fake("mxfp4", 1, x, **operands, producer=EVERY))
     launches = [planned for call in calls for planned in codec.plan_fake_quantize(**call)[0]]
-    three = {"rounding": ["nearest"] * 3, "stream": [0] * 3, "p1": up, "p2": up, "producer": SWIGLU_BACKWARD}
-    sample = {"x": x, "format": "hif4", "axis": 0, **three}
+    sample = {"x": x, "p1": up, "p2": up, "format": "hif4", "axis": 0, "producer": SWIGLU_BACKWARD}
     launches += codec.plan_fake_quantize_each(**arguments("fake_quantize_each", sample))[0]
     for planned, given in launches:
         assert "mufu.ex2" in compiled(planned, given) or "ex2.approx" in compiled(planned, given)
@@ -521,20 +518,21 @@ def test_each_tensor_is_checked() -> None:
     with torch._subclasses.FakeTensorMode():
         x, scale = torch.empty(64, 64, device="cuda"), torch.empty((), device="cuda")
     two = "full full: t0 = mul.bfloat16(a0, a1); t1 = add.bfloat16(a0, a1) -> t0 t1"
-    sample = {"x": x, "p1": x, "format": "nvfp4", "axis": 1, "producer": two, "stream": [0, 0]}
-    sample["rounding"] = ["nearest"] * 2
+    sample = {"x": x, "p1": x, "format": "nvfp4", "axis": 1, "producer": two}
     kernel = KERNELS["fake_quantize_each"]
     for more, reason in (
-        ({"rounding": ["nearest", "stochastic"]}, "stochastic rounding without a seed"),
-        ({"rounding": ["nearest"]}, "1 of 2 to 3"),
-        ({"rounding": ["nearest"] * 3}, "the producer makes 2 tensors, not 3"),
+        ({"producer": two.replace(" -> t0 t1", "")}, "tensors that the producer makes: 1, not 2 or 3"),
+        ({"producer": f"{two} t0 t1"}, "tensors that the producer makes: 4, not 2 or 3"),
+        ({"producer": ""}, "without a producer there is one tensor"),
         ({"tensor_scale_0": scale}, "some have a tensor scale and some have none"),
         ({"tensor_scale_0": scale, "tensor_scale_1": x}, "is not one"),
-        ({"hadamard": 8}, "Hadamard size 8"),
+        ({"scale_rule": "4over6"}, "scale rule '4over6'"),
     ):
         assert reason in _answer(kernel, **{**sample, **more}).reason
-    scales = {"x": x, "p1": x, "format": "nvfp4", "axis": 1, "producer": two}
-    assert "sizes [16, 32]" in _answer(KERNELS["tensor_scale_each"], **scales, hadamard=[16, 32]).reason
+    one = {"x": x, "p1": x, "format": "nvfp4", "producer": two.replace(" -> t0 t1", "")}
+    assert "not 2 or 3" in KERNELS["tensor_scale_each"].supports(arguments("tensor_scale_each", one)).reason
+    for more in ({}, {"tensor_scale_0": scale, "tensor_scale_1": scale}):
+        assert _answer(kernel, **sample, **more) == Yes()
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -544,7 +542,7 @@ def test_both_axes_are_checked() -> None:
         "without a seed": {"rounding": ["nearest", "stochastic"]},
         "2-D": {"block_2d": [True, False]},
         "tensor_scale is not one": {"tensor_scale_1": torch.ones(2, device="meta")},
-        "kernels one by one are as fast": {"hadamard": [128, 0]},
+        "two kernels are as fast": {"hadamard": [128, 0]},
         "not two": {"x": torch.ones(2, 64, 3, device="meta")},
     }
     kernel = KERNELS["fake_quantize_both"]
@@ -556,17 +554,6 @@ def test_both_axes_are_checked() -> None:
             answer = kernel.supports(on_gpu)
         assert isinstance(answer, No)
         assert word in answer.reason
-
-
-@pytest.mark.parametrize(
-    ("changed", "declined"),
-    [({}, False), ({"hadamard": 16}, False), ({"hadamard": 64}, True), ({"rounding": ["nearest", "stochastic"]}, True)],
-)
-def test_groups_that_arithmetic_bounds_are_left_alone(changed: dict[str, Any], declined: bool) -> None:
-    sample = next(s for s in OPS["fake_quantize_each"].samples() if s["format"] == "hif4")
-    plain = {"rounding": ["nearest"] * 2, "stream": [0, 0], "hadamard": 0}
-    given = arguments("fake_quantize_each", {**sample, **plain, **changed})
-    assert (table._one_launch_pays(given) is not None) == declined
 
 
 def test_gemms_on_fp4_tensor_cores_come_first() -> None:

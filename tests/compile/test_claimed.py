@@ -26,7 +26,6 @@ CLAIMED = (
     "tensor_scale_each",
     "quantize_rowwise",
     "quantize_rowwise_both",
-    "quantize_rowwise_each",
     "mm_rowwise",
 )
 RECIPES = ("hif4-plain", "mxfp4-plain", "nvfp4-plain", "hif4", "mxfp4", "nvfp4")
