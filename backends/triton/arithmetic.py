@@ -47,6 +47,20 @@ def rounded(x, dtype: tl.constexpr):
         return x.to(dtype).to(tl.float32)
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(magnitudes, AXIS: tl.constexpr):
+    """The largest of magnitudes along an axis, NaN where one of them is."""
+    if INTERPRETED:  # takes a Python call for each pair; as integers, NaN is larger than every number
+        return from_bits(tl.max(to_bits(magnitudes), axis=AXIS))
+    else:
+        return tl.reduce(magnitudes, AXIS, _larger)
+
+
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
 # Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power come the multiples of power / 2 only.
@@ -74,6 +88,18 @@ def next_multiple(t, down, power):
         return (tl.ceil(t.to(tl.float64) / half - 2.0 * down.to(tl.float64)) * half + 0.0).to(tl.float32)
     else:
         return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, down, power], tl.float32, is_pure=True, pack=1)
+
+
+# --- rounding to nearest ---------------------------------------------------------------------------------------------
+
+# Added in multiples of a power of two it leaves a sum rounded to half of that power, ties to even.
+_MAGIC = tl.constexpr(1.5 * 2.0**22)
+
+
+@triton.jit
+def nearest_multiple(t, power):
+    """The multiple of power / 2 nearest to t, ties to even, for a power of two and t in [0, 4 power]."""
+    return tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------
@@ -140,9 +166,9 @@ def hadamard(
         bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
         # The other of a pair without a copy through memory: xor of both, xor this one.
         other = from_bits(tl.xor_sum(bits, axis=2)[:, :, None, :] ^ bits)
-        # The second of a pair is the first minus itself: its sign is flipped before the one sum.
-        second = tl.arange(0, 2)[None, None, :, None] << 31
-        bits = to_bits(other + from_bits(bits ^ second))
+        # The second of a pair is the first minus itself: one sum of an exact product.
+        sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)[None, None, :, None]
+        bits = to_bits(tl.fma(from_bits(bits), tl.broadcast_to(sign, bits.shape), other))
     y = from_bits(bits).reshape([L, K]) * FACTOR
     if not EVEN:
         # Past the last run there are sums of signed zeros; a block is filled up with positive ones.

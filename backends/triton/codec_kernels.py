@@ -24,6 +24,8 @@ from fp4compile.backends.triton.arithmetic import (
     from_bits,
     hadamard,
     in_turn,
+    maximum,
+    nearest_multiple,
     next_multiple,
     philox,
     pow2,
@@ -246,8 +248,19 @@ def _uniform(
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
-# Encoders take magnitudes [L, NB, BLOCK] and their maxima's bits [L, NB], and return t = |x| / scale, the scale
-# (broadcastable to the elements) and the stored integer [L, NB].
+# Encoders take magnitudes [L, NB, BLOCK] and their maxima [L, NB], and return t = |x| / scale, the scale and the stored
+# integer [L, NB].
+
+
+@triton.jit
+def _not_finite(largest):
+    return to_bits(largest) >= INF
+
+
+@triton.jit
+def _multiplier(scale, bad, STEP: tl.constexpr):
+    """What the magnitudes of a block are multiplied by, which are in steps."""
+    return tl.where(bad, float("nan"), scale * STEP)
 
 
 @triton.jit
@@ -259,7 +272,7 @@ def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.c
         t = (mag * pow2(half)[:, :, None]) * pow2(-k - half)[:, :, None]
     else:
         t = mag * pow2(-k)[:, :, None]
-    return t, pow2(k)[:, :, None], k + 127
+    return t, pow2(k), k + 127
 
 
 @triton.jit
@@ -292,8 +305,8 @@ def _round_e4m3(scale, TRUNCATION_FREE: tl.constexpr):
 
 
 @triton.jit
-def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
-    largest, ts, one = from_bits(amax), 1.0, 1.0
+def _encode_e4m3(mag, largest, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
+    ts, one = 1.0, 1.0
     if ts_ptr is not None:
         ts = tl.load(ts_ptr)
         one = tl.div_rn(1.0, ts)
@@ -307,7 +320,7 @@ def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.const
     else:
         scale, rounded = _round_e4m3(tl.div_rn(tl.div_rn(largest, TOP), ts), TRUNCATION_FREE)
         inverse = tl.div_rn(one, scale)
-    return mag * inverse[:, :, None], scale[:, :, None], rounded - 960
+    return mag * inverse[:, :, None], scale, rounded - 960
 
 
 @triton.jit
@@ -324,64 +337,80 @@ def _spread(fours, L: tl.constexpr, NB: tl.constexpr):
 
 
 @triton.jit
+def _times(value, power: tl.constexpr, e2, e3):
+    """value [L, NB] times power**(e2 + e3), [L, NB, 8, 2]: selected, because a product takes as long as a choice."""
+    eights = tl.where(e2, (value * power)[:, :, None], value[:, :, None])
+    return tl.where(e3, (eights * power)[:, :, :, None], eights[:, :, :, None])
+
+
+@triton.jit
 def _scaled(
     mag,
     factor,
-    exponent,
+    e2,
+    e3,
     L: tl.constexpr,
     NB: tl.constexpr,
     TRUNCATION_FREE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """t = mag / factor (truncation-free) or mag * factor, times 2**-exponent."""
-    down = pow2(-exponent)
+    """t = mag / factor (truncation-free) or mag * factor, times 2**-(e2 + e3)."""
     if STOCHASTIC:
         # In two roundings as in the reference: values near the least subnormal may round up.
         if TRUNCATION_FREE:
             t = tl.div_rn(mag, tl.broadcast_to(factor[:, :, None], mag.shape))
         else:
             t = mag * factor[:, :, None]
-        t = t * _spread(down, L, NB)
+        t = t * _spread(_times(tl.full([L, NB], 1.0, tl.float32), 0.5, e2, e3), L, NB)
     elif TRUNCATION_FREE:
-        t = tl.div_rn(mag, _spread(factor[:, :, None, None] * pow2(exponent), L, NB))
+        t = tl.div_rn(mag, _spread(_times(factor, 2.0, e2, e3), L, NB))
     else:
-        t = mag * _spread(factor[:, :, None, None] * down, L, NB)
+        t = mag * _spread(_times(factor, 0.5, e2, e3), L, NB)
     return t
 
 
 @triton.jit
 def _encode_e6m2(
-    mag, s_max, L: tl.constexpr, NB: tl.constexpr, TRUNCATION_FREE: tl.constexpr, STOCHASTIC: tl.constexpr
+    mag,
+    s_max,
+    L: tl.constexpr,
+    NB: tl.constexpr,
+    STEP: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
-    """E6M2 per 64, one exponent bit per 8 and one per 4; the maxima too, which lie within a thread but for the last."""
-    fours = tl.max(to_bits(mag).reshape([L, NB, 8, 2, 4]), axis=4)
-    eights = tl.max(fours, axis=3)
-    amax = tl.max(eights, axis=2)
-    v, v2, v3 = from_bits(amax), from_bits(eights), from_bits(fours)
+    """E6M2 per 64, one exponent bit per 8 and one per 4: t, what `_quantise` returns beside q.
+
+    All maxima lie within a thread but for the last.
+    """
+    v3 = maximum(mag.reshape([L, NB, 8, 2, 4]), 4)
+    v2 = maximum(v3, 3)
+    v = maximum(v2, 2)
     if TRUNCATION_FREE:
         s = tl.minimum(tl.maximum(tl.div_rn(v, 7.0), _E6M2_MIN), s_max)
-        rounded = (to_bits(s) + 0x1FFFFF) >> 21
-        scale = from_bits(rounded << 21)
+        fields = (to_bits(s) + 0x1FFFFF) >> 21
+        scale = from_bits(fields << 21)
         # v / scale > 3.5 in fp32 exactly where v > 3.5 * scale: of a scale of three bits both sides are exact.
         factor = scale
-        e2 = (v2 > 3.5 * scale[:, :, None]).to(tl.int32)
-        e3 = (v3 > (tl.where(e2 == 1, 3.5, 1.75) * scale[:, :, None])[:, :, :, None]).to(tl.int32)
+        e2 = v2 > 3.5 * scale[:, :, None]
+        e3 = v3 > tl.where(e2, 3.5 * scale[:, :, None], 1.75 * scale[:, :, None])[:, :, :, None]
     else:
         # bf16(1/7); the scale and its reciprocal are bf16, the products fp32.
         s = tl.minimum(tl.maximum(_to_bf16(v * 0.142578125), _E6M2_MIN), s_max)
         bits = to_bits(s)
-        rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
-        scale = from_bits(rounded << 21)
-        factor = _to_bf16(tl.div_rn(1.0, scale))
-        e2 = (v2 * factor[:, :, None] >= 4.0).to(tl.int32)
-        e3 = (v3 * factor[:, :, None, None] >= tl.where(e2 == 1, 4.0, 2.0)[:, :, :, None]).to(tl.int32)
-    exponent = e2[:, :, :, None] + e3
-    t = _scaled(mag, factor, exponent, L, NB, TRUNCATION_FREE, STOCHASTIC)
+        fields = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
+        scale = from_bits(fields << 21)
+        # In bf16 as well: the reciprocals of 1, 1.25, 1.5 and 1.75 are far from ties.
+        factor = from_bits((to_bits(_reciprocal(scale)) + 0x8000) & -0x10000)
+        e2 = v2 * factor[:, :, None] >= 4.0
+        e3 = v3 * factor[:, :, None, None] >= tl.where(e2, 4.0, 2.0)[:, :, :, None]
+    t = _scaled(mag, factor, e2, e3, L, NB, TRUNCATION_FREE, STOCHASTIC)
     at = tl.arange(0, 8)
-    second = tl.sum(e2 << (8 + at)[None, None, :], axis=2)
-    third = e3 << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
-    word = rounded - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
-    return t, _spread(scale[:, :, None, None] * pow2(exponent), L, NB), word, amax
+    second = tl.sum(e2.to(tl.int32) << (8 + at)[None, None, :], axis=2)
+    third = e3.to(tl.int32) << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
+    word = fields - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
+    bad = _not_finite(v)
+    return t, _spread(_times(_multiplier(scale, bad, STEP), 2.0, e2, e3), L, NB), word, bad
 
 
 @triton.jit
@@ -420,9 +449,7 @@ def _decode(stored, L: tl.constexpr, NB: tl.constexpr, SCALING: tl.constexpr):
 def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        # 1.5 * 2**23 times the spacing around t: the sum is rounded to that spacing, ties to even.
-        magic = from_bits((to_bits(tl.maximum(t, 1.0)) & INF) + 0x0B400000)
-        return (t + magic) - magic
+        return nearest_multiple(t, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
     else:
         return tl.minimum(tl.floor(tl.fma(t, 1.0 / STEP, 0.5)), 7.0)  # the product is exact: STEP is a power of two
 
@@ -475,25 +502,29 @@ def _quantise(
     TRUNCATION_FREE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite."""
-    bits = to_bits(x).reshape([L, NB, BLOCK]) & 0x7FFFFFFF
-    mag = from_bits(bits)
+    """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite.
+
+    Multipliers are broadcastable to the elements; in blocks that are not finite they are NaN.
+    """
+    mag = tl.abs(x).reshape([L, NB, BLOCK])
     if SCALING == "e6m2":
-        t, scale, stored, amax = _encode_e6m2(mag, s_max, L, NB, TRUNCATION_FREE, STOCHASTIC)
+        t, multiplier, stored, bad = _encode_e6m2(mag, s_max, L, NB, STEP, TRUNCATION_FREE, STOCHASTIC)
     else:
-        amax = tl.max(bits, axis=2)
+        largest = maximum(mag, 2)
         if EDGE:
-            square = tl.max(amax.reshape([L // EDGE, EDGE, NB]), axis=1)
-            amax = tl.broadcast_to(square[:, None, :], [L // EDGE, EDGE, NB]).reshape([L, NB])
+            square = maximum(largest.reshape([L // EDGE, EDGE, NB]), 1)
+            largest = tl.broadcast_to(square[:, None, :], [L // EDGE, EDGE, NB]).reshape([L, NB])
         if SCALING == "e8m0":
-            t, scale, stored = _encode_e8m0(mag, amax, up_from, k_max, EMAX, STOCHASTIC)
+            t, scale, stored = _encode_e8m0(mag, to_bits(largest), up_from, k_max, EMAX, STOCHASTIC)
         else:
-            t, scale, stored = _encode_e4m3(mag, amax, ts_ptr, TOP, TRUNCATION_FREE)
+            t, scale, stored = _encode_e4m3(mag, largest, ts_ptr, TOP, TRUNCATION_FREE)
+        bad = _not_finite(largest)
+        multiplier = _multiplier(scale, bad, STEP)[:, :, None]
     if STOCHASTIC:
         q = _round_stochastic(t, u.reshape([L, NB, BLOCK]), ELEMENT, STEP)
     else:
         q = _round_nearest(t, ELEMENT, STEP)
-    return q, scale, stored, amax >= INF
+    return q, multiplier, stored, bad
 
 
 # --- from a tile to its values ---------------------------------------------------------------------------------------
@@ -542,11 +573,11 @@ def _encode(
     u = x
     if STOCHASTIC:
         u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
-    q, scale, stored, bad = _quantise(
+    q, multiplier, stored, bad = _quantise(
         x, u, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
     )  # fmt: skip
-    return x, q, scale, stored, bad
+    return x, q, multiplier, stored, bad
 
 
 @triton.jit
@@ -589,13 +620,12 @@ def _fake_quantise(
     FACTOR: tl.constexpr,
 ):
     """A tile of y = dequantised(quantised(x)) in y's dtype, from a tile x [L, K]."""
-    x, q, scale, _, bad = _encode(
+    x, q, multiplier, _, _ = _encode(
         x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
         up_from, k_max, s_max, L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR,
     )  # fmt: skip
-    scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
-    y = q * scale
+    y = q * multiplier
     if FOLD:
         y = y * tl.load(ts_ptr)
     y = from_bits(to_bits(y).reshape([L, K]) ^ (to_bits(x) & SIGN))
