@@ -63,12 +63,14 @@ def maximum(magnitudes, AXIS: tl.constexpr):
 
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
-# Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power come the multiples of power / 2 only.
+# 2**-25 makes u / 2 of a random number. Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power
+# come the multiples of power / 2 only.
 _NEXT_MULTIPLE = tl.constexpr("""
 {
-    .reg .f32 s, n;
+    .reg .f32 s, n, m;
     neg.f32 n, $2;
-    fma.rp.f32 s, n, $3, $1;
+    mul.rn.f32 m, $3, 0f33000000;
+    fma.rp.f32 s, n, m, $1;
     fma.rp.f32 s, $3, 0f4AC00000, s;
     fma.rn.f32 $0, $3, 0fCAC00000, s;
 }
@@ -76,18 +78,20 @@ _NEXT_MULTIPLE = tl.constexpr("""
 
 
 @triton.jit
-def next_multiple(t, down, power):
-    """The least multiple of power / 2 that is not below t - down * power, for a power of two and t in [0, 4 power].
+def next_multiple(t, random, power):
+    """The least multiple of power / 2 that is not below t - u * power / 2, for a power of two and t in [0, 4 power].
 
-    With down = u / 2, u in [0, 1), it is the upper neighbour of t on that grid where u < (t - lower) / gap, else the
-    lower one.
+    It is the upper neighbour of t on that grid where u < (t - lower) / gap, else the lower one.
+
+    Args:
+        random: 2**24 u, a whole number below 2**24.
     """
     if INTERPRETED:
         half = power.to(tl.float64) * 0.5
         # t / half - u is exact, but for a t so small that the result is zero, which is positive.
-        return (tl.ceil(t.to(tl.float64) / half - 2.0 * down.to(tl.float64)) * half + 0.0).to(tl.float32)
+        return (tl.ceil(t.to(tl.float64) / half - random.to(tl.float64) * 2.0**-24) * half + 0.0).to(tl.float32)
     else:
-        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, down, power], tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, random, power], tl.float32, is_pure=True, pack=1)
 
 
 # --- rounding to nearest ---------------------------------------------------------------------------------------------

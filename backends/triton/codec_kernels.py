@@ -233,7 +233,7 @@ def _uniform(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
+    """2**24 u for a tile, [L, K], with u in [0, 1). ALIGNED: four elements in a row share a counter."""
     lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 4 if ALIGNED else 1)
     index = _index(batch, lane, k, lanes, size, COLUMNS)
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
@@ -243,8 +243,7 @@ def _uniform(
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
-    u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-    return _to_lanes(u, L, K, COLUMNS)
+    return _to_lanes((words >> 8).to(tl.int32).to(tl.float32), L, K, COLUMNS)
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -455,13 +454,13 @@ def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
-    """The upper neighbour where u < (t - lower) / gap, gap the distance of both."""
+def _round_stochastic(t, random, ELEMENT: tl.constexpr, STEP: tl.constexpr):
+    """The upper neighbour where u < (t - lower) / gap, gap the distance of both; `random` is 2**24 u."""
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        return next_multiple(t, u * 0.5, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
+        return next_multiple(t, random, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
     else:
-        return next_multiple(tl.minimum(t * (1.0 / STEP), 7.0), u * 0.5, tl.full(t.shape, 2.0, tl.float32))
+        return next_multiple(tl.minimum(t * (1.0 / STEP), 7.0), random, tl.full(t.shape, 2.0, tl.float32))
 
 
 @triton.jit
@@ -485,7 +484,7 @@ def _magnitude(code, ELEMENT: tl.constexpr):
 @triton.jit
 def _quantise(
     x,
-    u,
+    random,
     ts_ptr,
     up_from,
     k_max,
@@ -521,7 +520,7 @@ def _quantise(
         bad = _not_finite(largest)
         multiplier = _multiplier(scale, bad, STEP)[:, :, None]
     if STOCHASTIC:
-        q = _round_stochastic(t, u.reshape([L, NB, BLOCK]), ELEMENT, STEP)
+        q = _round_stochastic(t, random.reshape([L, NB, BLOCK]), ELEMENT, STEP)
     else:
         q = _round_nearest(t, ELEMENT, STEP)
     return q, multiplier, stored, bad
@@ -570,11 +569,11 @@ def _encode(
     """Transform and quantise a tile [L, K]: the values before rounding, and what `_quantise` returns."""
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
-    u = x
+    random = x
     if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
+        random = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
     q, multiplier, stored, bad = _quantise(
-        x, u, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
+        x, random, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
     )  # fmt: skip
     return x, q, multiplier, stored, bad
