@@ -91,7 +91,8 @@ def next_multiple(t, random, power):
         # t / half - u is exact, but for a t so small that the result is zero, which is positive.
         return (tl.ceil(t.to(tl.float64) / half - random.to(tl.float64) * 2.0**-24) * half + 0.0).to(tl.float32)
     else:
-        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, random, power], tl.float32, is_pure=True, pack=1)
+        given = [t, random, power]
+        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", given, tl.float32, is_pure=True, pack=1)
 
 
 # --- rounding to nearest ---------------------------------------------------------------------------------------------

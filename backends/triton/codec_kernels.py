@@ -40,18 +40,22 @@ _E6M2_MIN = tl.constexpr(2.0**-48)
 
 
 @triton.jit
-def _place(lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+def _place(
+    lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, BATCHED: tl.constexpr
+):
     """Batch, first lane and first element of this program's tile; neighbours in memory come one after the other."""
-    pid = tl.program_id(0)
+    inside = tl.program_id(0)
     if WIDE:
-        pid = pid.to(tl.int64)
+        inside = inside.to(tl.int64)
     across, along = tl.cdiv(lanes, L), tl.cdiv(size, K)
-    rest = pid // (across * along)
-    inside = pid % (across * along)
+    batch = 0
+    if BATCHED:  # a division takes as long as the quantisation of an element or two
+        batch = inside // (across * along)
+        inside = inside % (across * along)
     if COLUMNS:
-        return rest, inside % across * L, inside // across * K
+        return batch, inside % across * L, inside // across * K
     else:
-        return rest, inside // along * L, inside % along * K
+        return batch, inside // along * L, inside % along * K
 
 
 @triton.jit
@@ -571,7 +575,9 @@ def _encode(
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
     random = x
     if STOCHASTIC:
-        random = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
+        random = _uniform(
+            batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE
+        )  # fmt: skip
     q, multiplier, stored, bad = _quantise(
         x, random, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
@@ -660,6 +666,7 @@ def fake_quantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
@@ -678,7 +685,7 @@ def fake_quantize(
     WIDTH: tl.constexpr,
 ):
     """y = dequantised(quantised(x)) in y's dtype."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     _fake_quantise(
         x, y_ptr, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
@@ -712,6 +719,7 @@ def fake_quantize_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALING: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -724,7 +732,7 @@ def fake_quantize_each(
     WIDTH: tl.constexpr,
 ):
     """y_i = dequantised(quantised(i-th result of PRODUCE)), to nearest; of two results y_2_ptr is None."""
-    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
@@ -783,7 +791,7 @@ def fake_quantize_both(
 
     A program reads its tile once for each, the second time from a cache.
     """
-    _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE)
+    _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE, False)
     x = _read(
         x_ptr, p1, p2, p3, p4, columns, 0, row, column, rows, columns, ROWS, COLUMNS, 1, 1, False, True, PRODUCE
     )  # fmt: skip
@@ -825,6 +833,7 @@ def quantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
@@ -841,7 +850,7 @@ def quantize(
     FACTOR: tl.constexpr,
 ):
     """Codes, as 32-bit words of eight, and scales."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
     x, q, _, stored, bad = _encode(
         x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
@@ -883,6 +892,7 @@ def dequantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
     SCALING: tl.constexpr,
@@ -890,7 +900,7 @@ def dequantize(
     STEP: tl.constexpr,
 ):
     """(magnitude * scale) * tensor scale in fp32, rounded once to y's dtype."""
-    batch, lane0, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane0, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     NB: tl.constexpr = K // BLOCK
     lane = lane0 + tl.arange(0, L)[:, None]
     row = batch * lanes + lane
@@ -938,6 +948,7 @@ def amax(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -946,7 +957,7 @@ def amax(
     WIDTH: tl.constexpr,
 ):
     """The bits of the largest finite magnitude of each tile; BOTH: of x before its transform, then of that."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     if BOTH:
         tl.store(partial_ptr + tl.program_id(0), _largest_finite(x))
@@ -986,11 +997,12 @@ def amax_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """`amax` of every result of PRODUCE, one behind the other."""
-    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
