@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fp4compile.backends.triton.arithmetic import (
     INF,
+    INTERPRETED,
     SIGN,
     e8m0_exponent,
     from_bits,
@@ -279,21 +280,27 @@ def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.c
 
 
 @triton.jit
-def _quotient(a, b, reciprocal):
-    """a / b rounded correctly, for a reciprocal of b to within an ulp or two and nothing near the ends of the range.
+def _quotient(a, b, reciprocal, STEPS: tl.constexpr):
+    """a / b rounded correctly, for nothing near the ends of the range.
 
-    Each step adds the remainder's quotient; the remainder is exact (Markstein, IBM J. Res. Dev. 34, 1990).
+    Each step adds the remainder's quotient; the remainder is exact (Markstein, IBM J. Res. Dev. 34, 1990). Two are
+    enough with a reciprocal of b to within an ulp or two, and one with that of `_reciprocal` for b of up to four
+    significant bits: a test tries them all.
     """
-    q = a * reciprocal
-    q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
-    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+    if INTERPRETED:  # which rounds the product in `fma`
+        return tl.div_rn(a, b)
+    else:
+        q = a * reciprocal
+        for _ in tl.static_range(STEPS):
+            q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
+        return q
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x to within an ulp or two, for a normal x far from the ends of the range."""
+    """1 / x to within 2**-17 for x of up to four significant bits, far from the ends of the range."""
     y = from_bits(0x7EF311C7 - to_bits(x))  # to 12%; each Newton step squares the error
-    for _ in tl.static_range(3):
+    for _ in tl.static_range(2):
         y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     return y
 
@@ -315,11 +322,11 @@ def _encode_e4m3(mag, largest, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.co
         one = tl.div_rn(1.0, ts)
     # Three divisions per block, the ends of the range left out: a maximum that small gives the least scale.
     if (ts_ptr is None) or ((ts > 8.673617379884035e-19) & (ts < 1.152921504606847e18)):  # 2**-60, 2**60
-        scale = _quotient(largest, TOP, 1.0 / TOP)
+        scale = _quotient(largest, TOP, 1.0 / TOP, 1)
         if ts_ptr is not None:
-            scale = _quotient(tl.minimum(scale, 1024.0 * ts), ts, one)
+            scale = _quotient(tl.minimum(scale, 1024.0 * ts), ts, one, 2)
         scale, rounded = _round_e4m3(scale, TRUNCATION_FREE)
-        inverse = _quotient(one, scale, _reciprocal(scale))
+        inverse = _quotient(one, scale, _reciprocal(scale), 1)
     else:
         scale, rounded = _round_e4m3(tl.div_rn(tl.div_rn(largest, TOP), ts), TRUNCATION_FREE)
         inverse = tl.div_rn(one, scale)
@@ -366,7 +373,9 @@ def _scaled(
             t = mag * factor[:, :, None]
         t = t * _spread(_times(tl.full([L, NB], 1.0, tl.float32), 0.5, e2, e3), L, NB)
     elif TRUNCATION_FREE:
-        t = tl.div_rn(mag, _spread(_times(factor, 2.0, e2, e3), L, NB))
+        # Magnitudes too small for a right quotient are rounded to zero all the same.
+        inverse = _spread(_times(_reciprocal(factor), 0.5, e2, e3), L, NB)
+        t = _quotient(mag, _spread(_times(factor, 2.0, e2, e3), L, NB), inverse, 1)
     else:
         t = mag * _spread(_times(factor, 0.5, e2, e3), L, NB)
     return t
