@@ -434,6 +434,7 @@ def _rounded_up(exact: Fraction) -> Fraction:
 
 FP32_PTX: dict[str, Callable[..., Fraction]] = {
     "neg.f32": lambda a: -a,
+    "mul.rn.f32": lambda a, b: Fraction(float(np.float32(float(a * b)))),
     "fma.rp.f32": lambda a, b, c: _rounded_up(a * b + c),
     "fma.rn.f32": lambda a, b, c: Fraction(float(np.float32(float(a * b + c)))),
 }
@@ -456,7 +457,7 @@ def test_what_rounds_up_is_the_upper_neighbour_where_the_random_number_is_below_
             at = int((t - lower) / gap * 2**24)  # random numbers around the fraction decide
             for word in {0, 2**24 - 1, *(min(max(at + i, 0), 2**24 - 1) for i in (-1, 0, 1))}:
                 u = Fraction(word, 2**24)
-                got = _run(arithmetic._NEXT_MULTIPLE.value, FP32_PTX, (t, u / 2, Fraction(power)), literal)
+                got = _run(arithmetic._NEXT_MULTIPLE.value, FP32_PTX, (t, Fraction(word), Fraction(power)), literal)
                 assert got == (lower + gap if u < (t - lower) / gap else lower)
 
 
