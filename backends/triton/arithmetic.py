@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Triton functions that the kernels of several ops call.
 
-    fp32 and its bits    to_bits, from_bits, pow2, rounded
-    stochastic rounding  next_multiple
+    fp32 and its bits    to_bits, from_bits, pow2, rounded, maximum
+    rounding to a grid   nearest_multiple, next_multiple
     random numbers       philox, in_turn
     a transform          hadamard
     the scale of E8M0    e8m0_exponent
@@ -61,6 +61,18 @@ def maximum(magnitudes, AXIS: tl.constexpr):
         return tl.reduce(magnitudes, AXIS, _larger)
 
 
+# --- rounding to nearest ---------------------------------------------------------------------------------------------
+
+# Added in multiples of a power of two it leaves a sum rounded to half of that power, ties to even.
+_MAGIC = tl.constexpr(1.5 * 2.0**22)
+
+
+@triton.jit
+def nearest_multiple(t, power):
+    """The multiple of power / 2 nearest to t, ties to even, for a power of two and t in [0, 4 power]."""
+    return tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
+
+
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
 # 2**-25 makes u / 2 of a random number. Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power
@@ -93,18 +105,6 @@ def next_multiple(t, random, power):
     else:
         given = [t, random, power]
         return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", given, tl.float32, is_pure=True, pack=1)
-
-
-# --- rounding to nearest ---------------------------------------------------------------------------------------------
-
-# Added in multiples of a power of two it leaves a sum rounded to half of that power, ties to even.
-_MAGIC = tl.constexpr(1.5 * 2.0**22)
-
-
-@triton.jit
-def nearest_multiple(t, power):
-    """The multiple of power / 2 nearest to t, ties to even, for a power of two and t in [0, 4 power]."""
-    return tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

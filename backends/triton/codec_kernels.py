@@ -7,7 +7,7 @@ A lane is one run of elements along the blocked axis. Rows are read along the la
 place: a thread holds LOW consecutive elements of a lane, so that the inner scale levels need no other thread, and
 what looks like a transposition below only renames the dimensions of registers.
 
-fp32 throughout. Maxima are taken on bit patterns as integers, where NaN and Inf are larger than every number.
+fp32 throughout. Maxima of magnitudes keep NaN, whose bits, as those of Inf, are as an integer above every number's.
 Divisions are rounded correctly (`/` would not be); the launch forbids contraction to fused multiply-adds, and those
 that are written have an exact product or correct a division. Nothing reads a format's name.
 """
