@@ -1,4 +1,4 @@
-"""Writing files so that none is ever left half-written."""
+"""Files that fp4compile writes: never left half-written, and where those of this machine are kept."""
 
 from __future__ import annotations
 

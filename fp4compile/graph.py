@@ -426,10 +426,13 @@ def size_hint(size: Any) -> int:
 
 
 def verify(graph: Graph, after: str) -> None:
-    """Raise unless the graph is well formed: defined before use, every call with a value, no op of another project.
+    """Check that a graph is well formed: nodes are defined before they are used, and inserted ones have a value.
 
     Args:
         after: the pass to blame.
+
+    Raises:
+        RewriteError: it is not; the message names the pass.
     """
     try:
         graph.lint()

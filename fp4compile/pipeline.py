@@ -41,6 +41,7 @@ class Context:
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
         notes: for the report.
+        seconds: time spent in each pass, by its name.
         weight_cache: where quantised weights are kept between calls; None where nobody asked for it.
         programs: what makes them.
     """

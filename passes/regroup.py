@@ -46,6 +46,7 @@ def _unmoved(x: Node) -> Node:
 
 
 def _untransposed(x: Node) -> tuple[Node, bool]:
+    """A stack below views and the transposition of its matrices, and whether there is one."""
     x = _unmoved(x)
     transposed = _is_transposed(x)
     return (_unmoved(cast(Node, x.args[0])) if transposed else x), transposed
@@ -71,6 +72,14 @@ class _Order:
 
 @dataclass
 class _Rewriter:
+    """The rewrite of one graph.
+
+    Attributes:
+        weights: nodes that are computed from parameters alone, see `graph.Flow`.
+        orders: (expert of each token, number of experts) -> the tokens sorted by it.
+        sorted_rows: (rows, order of tokens) -> the rows in that order.
+    """
+
     graph: Graph
     weights: dict[Node, str]
     orders: dict[tuple[Node, int], _Order] = field(default_factory=dict)
