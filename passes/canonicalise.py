@@ -102,14 +102,14 @@ def _permute(graph: Graph, node: Node) -> Node:
 
 
 GEMM_RULES = (
-    Rule("linear", (aten.linear.default,), _always, _linear),
-    Rule("addmm", (aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
-    Rule("baddbmm", (aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
-    Rule("mv", (aten.mv.default,), _always, _mv),
-    Rule("stacks", (aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
+    Rule((aten.linear.default,), _always, _linear),
+    Rule((aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
+    Rule((aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
+    Rule((aten.mv.default,), _always, _mv),
+    Rule((aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
 )
-TRANSPOSITIONS = (Rule("transpose", (aten.transpose.int, aten.mT.default), _always, _transposition),)
-MOVE_RULES = (Rule("permute", (aten.permute.default,), _of_permute, _permute),)
+TRANSPOSITIONS = (Rule((aten.transpose.int, aten.mT.default), _always, _transposition),)
+MOVE_RULES = (Rule((aten.permute.default,), _of_permute, _permute),)
 
 
 @dataclass(frozen=True)
