@@ -518,3 +518,4 @@ def test_the_text_holds_paths_reasons_and_notes() -> None:
     text = whole.to_text()
     for part in ("layers.0", "refused", "[because]", "note: mind [this]"):
         assert part in text
+    assert str(whole) == text.rstrip()
