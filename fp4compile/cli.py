@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of it
+if TYPE_CHECKING:  # each command imports what it runs
     from fp4compile.backend import Backend
     from fp4compile.formats import Format
     from fp4compile.recipe import Operand, Recipe
@@ -361,7 +361,7 @@ class _Printer:
         elif not self._between and step.name != self._last:
             return
         what = "captured" if step is None else f"after {step.name}"
-        self._parts.append(f"# graph {self._graphs}, {what}\n{text(graph, context.sites)}")
+        self._parts.append(f"# graph {self._graphs}, {what}\n{text(graph, context.sites, context.parameters)}")
 
     def text(self) -> str:
         return "\n".join(self._parts)

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import networkx as nx
@@ -472,9 +473,15 @@ def _call(node: Node) -> str:
     return f"{name}({', '.join(arguments)})"
 
 
-def text(graph: Graph, sites: Iterable[Site] = ()) -> str:
-    """The graph, one node a line: `%name: dtype[shape] = op(args)  # what the GEMM is`."""
-    about = {site.node: site for site in sites}
+def _about(site: Site) -> str:
+    """What a GEMM is, and what became of it once the recipe has decided."""
+    decided = f": {site.status}" if site.specs else ""
+    return f"{site.role} {site.path or '(root)'}{decided}"
+
+
+def text(graph: Graph, sites: Iterable[Site] = (), parameters: Mapping[Node, str] = MappingProxyType({})) -> str:
+    """The graph, one node a line: `%name: dtype[shape] = op(args)  # what the GEMM is, or the parameter's name`."""
+    about = {**parameters, **{site.node: _about(site) for site in sites}}
     lines = []
     for node in graph.nodes:
         if node.op == "output":
@@ -483,7 +490,6 @@ def text(graph: Graph, sites: Iterable[Site] = ()) -> str:
         value = "val" in node.meta and node.meta["val"] is not None
         kind = f": {_type(node.meta['val'])}" if value else ""
         body = {"placeholder": "input", "get_attr": f"attribute {node.target}"}.get(node.op) or _call(node)
-        site = about.get(node)
-        note = f"  # {site.role} {site.path or '(root)'}: {site.status}" if site else ""
+        note = f"  # {about[node]}" if node in about else ""
         lines.append(f"%{node.name}{kind} = {body}{note}")
     return "\n".join(lines) + "\n"
