@@ -31,7 +31,6 @@ WIDTH = 140  # of tables that go to a file or a pipe
 
 app = typer.Typer(
     name="fp4compile",
-    help="Train and run unchanged PyTorch models with 4-bit floating point GEMMs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,6 +41,25 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     app(prog_name="fp4compile")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        from fp4compile import __version__
+
+        print(f"fp4compile {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and stop.")
+    ] = False,
+) -> None:
+    """Train and run unchanged PyTorch models with 4-bit floating point GEMMs."""
 
 
 # --- what all commands share: errors, warnings, consoles ----------------------------------------------------

@@ -87,6 +87,10 @@ def test_help_of_a_command_has_an_example(name):
     assert output(name, "-h") == text
 
 
+def test_version():
+    assert output("--version").split() == ["fp4compile", f"{fp4compile.__version__},", "torch", torch.__version__]
+
+
 def test_module_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["__main__.py", "formats", "--json"])
     with pytest.raises(SystemExit) as ended:
