@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fp4compile.errors import FP4ValueError, unknown
+from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 
 if TYPE_CHECKING:
     from fp4compile.pipeline import Context
@@ -141,10 +141,10 @@ def register_backend(backend: Backend) -> Backend:
         The backend, so that the call can stand in an assignment.
 
     Raises:
-        FP4ValueError: not a `Backend`.
+        FP4TypeError: not a `Backend`.
     """
     if not isinstance(backend, Backend):
-        raise FP4ValueError(f"register_backend needs a Backend, got {type(backend).__name__}")
+        raise FP4TypeError(f"register_backend needs a Backend, got {type(backend).__name__}")
     _REGISTERED[backend.name] = backend
     return backend
 
