@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import networkx as nx
 import torch
+from torch import nn
 from torch.fx import Graph, Node
 
 from fp4compile.errors import RewriteError
@@ -56,6 +57,11 @@ GEMM_OPS: Mapping[Any, GemmOp] = {
 
 # Names of ops of other libraries that hide a GEMM (`somelib.grouped_mm`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
+# Ops of torch that hide the GEMMs of whole layers in inference -> what makes torch write them out.
+FUSED_LAYERS: Mapping[Any, str] = dict.fromkeys(
+    (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default),
+    "torch.backends.mha.set_fastpath_enabled(False) before compiling writes it out",
+)
 
 # Ops that leave every element where it is in a contiguous tensor.
 VIEWS = {
@@ -213,8 +219,8 @@ def _reachable(flow: nx.DiGraph, sources: Iterable[Node]) -> set[Node]:
 
 @dataclass(frozen=True)
 class Flow:
-    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name,
-    `backward` holds the nodes that depend on a tangent."""
+    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name, and what
+    linear modules multiply with to the name of their weight; `backward` holds the nodes that depend on a tangent."""
 
     weights: dict[Node, str]
     backward: set[Node]
@@ -231,7 +237,32 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str]) -> Flow:
             name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
             if name is not None:
                 weights[node] = name
-    return Flow(weights, _reachable(flow, [n for n in tensors if is_tangent(n)]))
+    backward = _reachable(flow, [n for n in tensors if is_tangent(n)])
+    for node in graph.nodes:
+        if (
+            node not in backward
+            and _is_linear_module(node)
+            and not any(n in weights for n in node.all_input_nodes[-2:])
+        ):
+            root = origin(node.all_input_nodes[-1])
+            weights |= dict.fromkeys((root, *_moved(root)), f"{module_path(node)}.weight".removeprefix("."))
+    return Flow(weights, backward)
+
+
+def _is_linear_module(node: Node) -> bool:
+    """Whether a node is the GEMM of an `nn.Linear`: its weight may be masked, normed, a buffer, or handed in."""
+    stack = node.meta.get("nn_module_stack")
+    kind = next(reversed(stack.values()))[1] if stack else None
+    is_linear = isinstance(kind, type) and issubclass(kind, nn.Linear)
+    return is_linear and node.target in (aten.mm.default, aten.addmm.default)
+
+
+def _moved(node: Node) -> Iterator[Node]:
+    """What ops that move values make of a node."""
+    for user in node.users:
+        if user.target in MOVES:
+            yield user
+            yield from _moved(user)
 
 
 def is_tangent(node: Node) -> bool:
@@ -310,9 +341,10 @@ def _kind(op: GemmOp, weight: Node) -> str:
 
 
 def _opaque_site(node: Node, flow: Flow) -> Site | None:
-    """A GEMM inside an op that no pass can open: another library's, by its name, that reads a weight."""
+    """A GEMM inside an op that no pass can open: torch's of whole layers, or another library's that reads a weight."""
     namespace = getattr(node.target, "namespace", "aten")
-    if namespace in ("aten", "prims", "fp4compile") or not _OPAQUE_GEMM.search(str(node.target)):
+    foreign = namespace not in ("aten", "prims", "fp4compile") and _OPAQUE_GEMM.search(str(node.target))
+    if not foreign and node.target not in FUSED_LAYERS:
         return None
     position = next((i for i, a in enumerate(node.args) if isinstance(a, Node) and a in flow.weights), None)
     if position is None:
