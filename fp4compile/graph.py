@@ -16,7 +16,7 @@ from typing import Any, cast
 import networkx as nx
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.errors import RewriteError
 from fp4compile.ops import OPS
@@ -54,6 +54,9 @@ GEMM_OPS: Mapping[Any, GemmOp] = {
     aten._grouped_mm.default: GemmOp("grouped", 0, 1, ends=2, scaled="grouped_mm"),
     OPS["grouped_mm"].overload: GemmOp("grouped", 0, 1, ends=2, scaled="grouped_mm"),
 }
+
+# What they may be spelled like in graphs within the graph, which no pass brings to one spelling.
+_GEMMS = {*GEMM_OPS, aten.linear.default, aten.baddbmm.default, aten.mv.default}
 
 # Names of ops of other libraries that hide a GEMM (`somelib.grouped_mm`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
@@ -293,7 +296,7 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
         op = GEMM_OPS.get(node.target)
         if op is None:
             site = _opaque_site(node, flow) if node.op == "call_function" else None
-            sites += [site] if site else []
+            sites += [site] if site else _nested_sites(node, flow)
             continue
         if node not in flow.backward:
             site = _forward_site(node, op, flow)
@@ -355,6 +358,18 @@ def _opaque_site(node: Node, flow: Flow) -> Site | None:
     operands = {"grad" if backward else "input": 0, "weight": position}
     role: Role = "dgrad" if backward else "forward"
     return Site(node, role, kind, _path(node, parameter), parameter, operands, dict.fromkeys(operands, -1))
+
+
+def _nested_sites(node: Node, flow: Flow) -> list[Site]:
+    """The weights that GEMMs may read in graphs within the graph, as `torch.cond` and `scan` hold them."""
+    owner = node.graph.owning_module
+    held = [getattr(owner, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+    bodies = [m for each in held if isinstance(each, GraphModule) for m in each.modules() if isinstance(m, GraphModule)]
+    if not any(inner.target in _GEMMS for body in bodies for inner in body.graph.nodes):
+        return []
+    role: Role = "dgrad" if node in flow.backward else "forward"
+    read = dict.fromkeys(flow.weights[n] for n in node.all_input_nodes if n in flow.weights and dims(n) > 1)
+    return [Site(node, role, "linear", _path(node, name), name, arguments={}, axes={}) for name in read]
 
 
 def _path(node: Node, parameter: str) -> str:

@@ -78,6 +78,8 @@ _REASONS_TO_KEEP = (_head, _router, _glob, _depth)
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
     """Why a GEMM that the recipe wants in FP4 cannot be."""
     if site.node.target not in GEMM_OPS:
+        if not site.arguments:
+            return f"it lies in a graph of its own within {site.node.target}, which no pass rewrites"
         remedy = FUSED_LAYERS.get(site.node.target)
         return f"the op {site.node.target} hides its GEMM from the graph" + (f"; {remedy}" if remedy else "")
     for name, spec in specs.items():

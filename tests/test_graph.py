@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -498,6 +499,24 @@ def grouped_mm_opaque(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @grouped_mm_opaque.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _cond(model: Model, x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda t: model.a(t).sin(), lambda t: model.b(t), (x,))
+
+
+def _scan(model: Model, x: Tensor) -> Tensor:
+    return scan(lambda c, row: (model.b(model.a(c)) + row, c.clone()), x[0], x, dim=0)[1]
+
+
+@pytest.mark.parametrize("run", [_cond, _scan])
+@pytest.mark.parametrize("train", [False, True])
+def test_gemms_in_graphs_within_the_graph_are_reported(run: Callable[[Model, Tensor], Tensor], train: bool) -> None:
+    report = fp4compile.explain(Model(run), X, "hif4-plain", train=train)
+    assert {(s.path, s.parameter) for s in report.sites} == {("a", "a.weight"), ("b", "b.weight")}
+    assert all(s.status == "refused" and "graph of its own" in s.reason for s in report.sites)
+    kept = fp4compile.explain(Model(run), X, "hif4-plain", train=train, keep=["a", "b"])
+    assert {s.status for s in kept.sites} == {"kept"}
 
 
 @torch.no_grad()
