@@ -121,6 +121,27 @@ def test_gradients_within_the_compiled_code_are_refused(
     assert any("wgrads are in high precision" in note for note in fp4compile.last_report().notes)
 
 
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.two(x), (x,))
+
+
+@pytest.mark.slow
+def test_branches_stay_in_high_precision_on_every_backend() -> None:
+    """Inductor hands its pass each branch alone, whose inputs say nothing of parameters and tangents."""
+    model, x = build(_Branches), randn(13, 64)
+    with pytest.raises(RewriteError, match="graph of its own"):
+        compiled(model, "hif4-plain", "inductor")(x)
+    torch._dynamo.reset()
+    got = compiled(model, "hif4-plain", "inductor", strict=False)(x)
+    assert relative(got, model(x)) < 2e-6
+    assert {path for path, _ in statuses()} == {"one", "two"} and set(statuses().values()) == {"refused"}
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
