@@ -331,11 +331,15 @@ def opt(
         return
     from fp4compile.errors import FP4ValueError
     from fp4compile.explain import explain as explain_model
-    from fp4compile.files import write_atomically
+    from fp4compile.files import check_parents, write_atomically
     from fp4compile.pipeline import default_pipeline
 
     if model is None:
         raise FP4ValueError("name a MODEL, or list the passes with --list")
+    if output:
+        check_parents(output)
+        if output.is_dir():
+            raise FP4ValueError(f"output {str(output)!r} is a folder; name a file")
     pipeline = default_pipeline()
     names = [p.name for p in pipeline.passes] if passes is None else _split(passes)
     pipeline.select(names)

@@ -6,6 +6,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from fp4compile.errors import FP4ValueError
+
+
+def check_parents(path: Path) -> None:
+    """Raise unless the folder that a path lies in is one or can be made, before any work."""
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise FP4ValueError(f"cannot write {str(path)!r}: {str(above)!r} is no folder")
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary file in the same folder, then rename."""

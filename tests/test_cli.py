@@ -372,6 +372,12 @@ def test_opt_refuses_and_leaves_no_file(model, tmp_path, arguments, message):
     assert not (tmp_path / "graph.txt").exists()
 
 
+def test_opt_names_an_output_that_is_no_file(model, tmp_path):
+    assert "is a folder; name a file" in refusal("opt", model, "-o", tmp_path)
+    (tmp_path / "file").touch()
+    assert "is no folder" in refusal("opt", model, "-o", tmp_path / "file" / "graph.txt")
+
+
 def test_opt_without_a_model():
     assert "name a MODEL, or list the passes with --list" in refusal("opt")
 
