@@ -32,6 +32,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo 'installing into $(VENV), torch among it: minutes the first time'
 	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	@touch $@
 

@@ -53,6 +53,7 @@ from fp4compile.recipe import Recipe, resolve
 from fp4compile.report import Report
 
 VOCABULARY = 256  # bytes
+WIDTH = 120  # of what goes to a file or a pipe
 
 # --- options ------------------------------------------------------------------------------------------------
 
@@ -82,13 +83,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="around FP4; auto is bf16 where it is fast",
     )
-    add("--layers", type=count, default=4)
+    add("--layers", type=count, default=4, help="blocks of the model")
     add("--dim", type=count, default=128, help="width of the model")
-    add("--heads", type=count, default=2)
+    add("--heads", type=count, default=2, help="attention heads of a block")
     add("--ff", type=count, default=384, help="width of the feed-forward blocks")
     add("--sequence", type=count, default=256, help="bytes per window")
     add("--batch", type=count, default=4, help="windows per step")
-    add("--steps", type=count, default=600)
+    add("--steps", type=count, default=600, help="optimiser steps of each arm")
     add("--lr", type=number, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of the weights, the batches and stochastic rounding")
     add("--text", type=Path, default=None, help="file or folder; without it, Python's standard library")
@@ -305,7 +306,7 @@ class Trainer:
 
 
 def train(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console: Console) -> None:
-    """Train all arms, one after the other, with a bar for each."""
+    """Train all arms, one after the other, with a bar for each; a log gets a line now and then instead."""
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=30),
@@ -314,16 +315,20 @@ def train(arms: Sequence[Arm], options: argparse.Namespace, text: Text, console:
         TimeElapsedColumn(),
     )
     shown = console.is_terminal
+    lines = set(range(1, options.steps, 5 * max(1, options.steps // 25)))  # losses come in after every fifth step
     with Progress(*columns, console=console, refresh_per_second=4, disable=not shown) as progress:
         for arm in arms:
             task = progress.add_task(arm.label, total=options.steps, loss="compiling")
 
             def advance(arm: Arm, task: Any = task) -> None:
                 progress.update(task, completed=len(arm.losses), loss=f"loss {arm.losses[-1]:.3f}")
+                if not shown and len(arm.losses) in lines:
+                    told = f"{len(arm.losses)} of {options.steps} steps, loss {arm.losses[-1]:.3f}"
+                    console.print(f"{arm.label}: {told}", highlight=False)
 
             Trainer(arm, options, text).run(advance)
             progress.update(task, loss="diverged" if arm.diverged else f"loss {arm.final:.3f}")
-            if not shown:  # a log wants a line per arm, not a bar
+            if not shown:
                 console.print(f"{arm.label}: {len(arm.losses)} steps in {arm.seconds:.0f} s", highlight=False)
 
 
@@ -477,7 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse_options(arguments)
     try:
-        compare(options, Console())
+        console = Console()
+        compare(options, console if console.is_terminal else Console(width=WIDTH))
     except (BadInput, FP4ValueError, FP4TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

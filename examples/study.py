@@ -115,7 +115,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     add("--sequence", type=count, default=512, help="tokens of a window (%(default)s)")
     add("--lr", type=number, default=1e-3, help="peak learning rate (%(default)s)")
     add(
-        "--branch", type=fraction, default=None, help="fraction of the steps that all arms share, in BF16; 0 if no plan"
+        "--branch",
+        type=fraction,
+        default=None,
+        help="fraction of the steps that all arms share, in BF16 (the plan's, or 0)",
     )
     add("--save-every", type=count, default=250, help="steps between two checkpoints (%(default)s)")
     add("--minutes", type=number, default=None, help="save and leave after so long; the same command goes on")
@@ -136,7 +139,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument(
         "--seed", type=seed_number, nargs="+", default=[0], help="of weights, batches and stochastic rounding"
     )
-    train.add_argument("--model", choices=MODELS, default="dense")
+    train.add_argument("--model", choices=MODELS, default="dense", help="what is trained (%(default)s)")
     train.add_argument("--steps", type=positive(int), default=3000, help="optimiser steps (%(default)s)")
     train.add_argument("--batch", type=positive(int), default=128, help="windows of a step (%(default)s)")
     train.add_argument("--wait", action="store_true", help="for the bf16 arm, which makes what --branch shares")
@@ -166,8 +169,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _text_options(probe)
 
     report = verbs.add_parser("report", help="tables, figures and a page from results", allow_abbrev=False)
-    report.add_argument("--results", type=Path, default=Path(__file__).parent / "out" / "study")
-    report.add_argument("--out", type=Path, default=Path("docs") / "study")
+    results = Path(__file__).parent / "out" / "study"
+    report.add_argument("--results", type=Path, default=results, help="folder of result files (%(default)s)")
+    report.add_argument("--out", type=Path, default=Path("docs") / "study", help="folder of the pages (%(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fp4compile.errors import FP4ValueError, unknown
+from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 
 if TYPE_CHECKING:
     from fp4compile.pipeline import Context
@@ -95,7 +95,17 @@ class Backend(ABC):
         context: Context,
         mode: str | None = None,
     ) -> Callable[..., Any]:
-        """Compile a Dynamo graph. Must call `rewrite` once on its joint (or inference) graph before lowering it."""
+        """Compile a Dynamo graph. Must call `rewrite` once on its joint (or inference) graph before lowering it.
+
+        Args:
+            graph_module, example_inputs: as Dynamo hands them to a backend of `torch.compile`.
+            rewrite: takes the graph that AOTAutograd made, and puts FP4 into it in place.
+            context: what the user asked for, and after `rewrite` what became of each GEMM.
+            mode: of Inductor, None for its default; a backend that has no modes takes no notice.
+
+        Returns:
+            What runs in the place of the Dynamo graph.
+        """
 
     def without_fp4(self, mode: str | None) -> dict[str, Any]:
         """Arguments of `torch.compile` that lower a graph as this backend does, with no GEMM in FP4."""
@@ -125,9 +135,16 @@ _REGISTERED: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Add a backend by hand, for one that has no entry point (a test, a notebook)."""
+    """Add a backend by hand, for one that has no entry point (a test, a notebook); it replaces one of its name.
+
+    Returns:
+        The backend, so that the call can stand in an assignment.
+
+    Raises:
+        FP4TypeError: not a `Backend`.
+    """
     if not isinstance(backend, Backend):
-        raise FP4ValueError(f"register_backend needs a Backend, got {type(backend).__name__}")
+        raise FP4TypeError(f"register_backend needs a Backend, got {type(backend).__name__}")
     _REGISTERED[backend.name] = backend
     return backend
 
@@ -164,7 +181,11 @@ def _load(name: str) -> Backend:
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name; "auto" is the default one, `inductor`."""
+    """The backend of that name; "auto" is the default one, `inductor`.
+
+    Raises:
+        FP4ValueError: an unknown name, or a plugin that cannot be loaded.
+    """
     name = "inductor" if name == "auto" else name
     if name in _REGISTERED:
         return _REGISTERED[name]

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.eager_transforms import _autograd_grad
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp4compile.graph import clean_path
+
+# What differentiates within a Dynamo graph: `torch.autograd.grad` and `Tensor.backward` when Dynamo traces them, the
+# gradients of torch.func. The GEMMs of such a gradient lie in the forward, where roles cannot be told.
+_DIFFERENTIATE = {torch.autograd.grad: "torch.autograd.grad or backward", _autograd_grad: "a gradient of torch.func"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Frame:
         root: the module whose forward was traced, if there is one.
         session: the object that stands for one `torch.compile` call; graphs of one model share it.
         untracked: why a change of a parameter may go unnoticed; empty where none does.
+        differentiates: what takes gradients within the graph; empty where nothing does.
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
@@ -37,6 +43,7 @@ class Frame:
     root: nn.Module | None = None
     session: object = None
     untracked: str = ""
+    differentiates: str = ""
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
@@ -109,7 +116,17 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
     depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
     untracked = _untracked(modules.values(), [example for _, _, example in inputs])
-    return Frame(parameters, embeddings, depths, root, session, untracked)
+    return Frame(parameters, embeddings, depths, root, session, untracked, _differentiates(graph_module))
+
+
+def _differentiates(graph_module: GraphModule) -> str:
+    """What takes gradients within a Dynamo graph or one inside it, or ""."""
+    graphs = [module.graph for module in graph_module.modules() if isinstance(module, GraphModule)]
+    return next((_DIFFERENTIATE[n.target] for g in graphs for n in g.nodes if _takes_gradients(n)), "")
+
+
+def _takes_gradients(node: Node) -> bool:
+    return node.op == "call_function" and node.target in _DIFFERENTIATE
 
 
 def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> str:

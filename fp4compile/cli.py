@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of it
+if TYPE_CHECKING:  # each command imports what it runs
     from fp4compile.backend import Backend
     from fp4compile.formats import Format
     from fp4compile.recipe import Operand, Recipe
@@ -31,7 +31,6 @@ WIDTH = 140  # of tables that go to a file or a pipe
 
 app = typer.Typer(
     name="fp4compile",
-    help="Train and run unchanged PyTorch models with 4-bit floating point GEMMs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,6 +41,25 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     app(prog_name="fp4compile")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        from fp4compile import __version__
+
+        print(f"fp4compile {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and stop.")
+    ] = False,
+) -> None:
+    """Train and run unchanged PyTorch models with 4-bit floating point GEMMs."""
 
 
 # --- what all commands share: errors, warnings, consoles ----------------------------------------------------
@@ -313,11 +331,15 @@ def opt(
         return
     from fp4compile.errors import FP4ValueError
     from fp4compile.explain import explain as explain_model
-    from fp4compile.files import write_atomically
+    from fp4compile.files import check_parents, write_atomically
     from fp4compile.pipeline import default_pipeline
 
     if model is None:
         raise FP4ValueError("name a MODEL, or list the passes with --list")
+    if output:
+        check_parents(output)
+        if output.is_dir():
+            raise FP4ValueError(f"output {str(output)!r} is a folder; name a file")
     pipeline = default_pipeline()
     names = [p.name for p in pipeline.passes] if passes is None else _split(passes)
     pipeline.select(names)
@@ -361,7 +383,7 @@ class _Printer:
         elif not self._between and step.name != self._last:
             return
         what = "captured" if step is None else f"after {step.name}"
-        self._parts.append(f"# graph {self._graphs}, {what}\n{text(graph, context.sites)}")
+        self._parts.append(f"# graph {self._graphs}, {what}\n{text(graph, context.sites, context.parameters)}")
 
     def text(self) -> str:
         return "\n".join(self._parts)

@@ -20,13 +20,13 @@ from fp4compile.formats import E4M3_MAX, EDEN_GROUP, Element, Format
 
 _E4M3_MIN_NORMAL = 2.0**-6
 _E6M2_MIN, _E6M2_MAX = 2.0**-48, 1.5 * 2.0**15
-_E6M2_NAN = 0xFF
+_E6M2_NAN = 0xFF  # as a whole word: level-2 and level-3 bits zero
 _E8M0_NAN = 0xFF
 _E4M3_NAN = 0x7F
 # The least tensor scale: with the least E4M3 scale, 2**-6, its reciprocal is the largest power of two in fp32.
 TENSOR_SCALE_MIN = 2.0**-121
-# The word of a group of HiF4 that holds NaN or Inf: level-2 and level-3 bits zero.
-_INT32_MASK = 0xFFFFFFFF
+# Scale words of HiF4 are unsigned; torch holds them in int32.
+_WORD_MASK = 0xFFFFFFFF
 # The scale that rounds a normal distribution of variance 1 to E2M1 with the least squared error puts 6 here (QuEST,
 # arXiv:2502.05003; the constant is that of the authors of Quartet, arXiv:2505.14669).
 _GAUSSIAN_PEAK = 2.92247856
@@ -242,7 +242,7 @@ def _encode_e6m2(
 
 
 def _decode_e6m2(stored: Tensor, fmt: Format) -> Tensor:
-    word = (stored.to(torch.int64) & _INT32_MASK).unsqueeze(-1)
+    word = (stored.to(torch.int64) & _WORD_MASK).unsqueeze(-1)
     byte = word & 0xFF
     scale = _f32_from_bits((byte << 21) + ((127 - 48) << 23))
     scale = torch.where(byte == _E6M2_NAN, math.nan, scale)

@@ -30,6 +30,7 @@ from fp4compile import checkpoint, hf
 from fp4compile import recipe as recipes
 from fp4compile.checkpoint import WEIGHTS, Entry
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
+from fp4compile.files import check_parents
 from fp4compile.packed import PackedWeight
 from fp4compile.plan import decide, tied_names
 from fp4compile.recipe import Recipe
@@ -231,6 +232,7 @@ def _manifest(
 def _check_out(out: Path, source: Any, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FP4ValueError(f"output {str(out)!r} exists and is no folder")
+    check_parents(out.resolve())
     if isinstance(source, Path) and out.resolve() == source.resolve():
         raise FP4ValueError(f"output {str(out)!r} is the model's own folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -238,12 +240,13 @@ def _check_out(out: Path, source: Any, overwrite: bool) -> None:
 
 
 def _publish(new: Path, out: Path) -> None:
-    """Put a finished folder in its place: by one rename, or file by file into a folder that holds something.
+    """Put a finished folder in its place: by one rename, or file by file into a folder that is there.
 
-    Nothing is deleted that a conversion did not write. The manifest goes first and comes last, so that a
-    folder that is part old and part new is none that loads.
+    One that is there may be a mount point, which nothing can be renamed to. Nothing is deleted that a conversion did
+    not write. The manifest goes first and comes last, so that a folder that is part old and part new is none that
+    loads.
     """
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir():
         os.replace(new, out)
         return
     old = out / MANIFEST
@@ -283,6 +286,8 @@ class _Source:
 def _source(model_or_path: Any) -> _Source:
     if isinstance(model_or_path, str | Path):
         folder = Path(model_or_path).expanduser()
+        if (folder / MANIFEST).is_file():
+            raise FP4ValueError(f"{str(folder)!r} is converted already: it holds {MANIFEST}. Convert the original")
         config = hf.read_config(folder)
         return _Source(folder, config, hf.class_of(config, folder), checkpoint.from_folder(folder))
     if not hf.is_model(model_or_path):
@@ -340,8 +345,10 @@ def convert(
         report.notes.append("no weight was packed: the recipe keeps every GEMM of this model")
     items = _match(model, weights, given.entries, given.name)
     report.weights = _packed_bytes(items)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    real = out.resolve()  # where a link leads, perhaps to another file system
+    beside = real if real.is_dir() else real.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{real.name}.") as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         hf.write_companions(given.origin, given.config, new)
@@ -349,5 +356,5 @@ def convert(
         after = (new / WEIGHTS).stat().st_size
         manifest = _manifest(model, resolved, given.dtype, items, report, [f.name for f in new.iterdir()])
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _publish(new, out)
+        _publish(new, real)
     return Artifact(out, report, sum(item.entry.nbytes for item in items), after)

@@ -153,6 +153,22 @@ def check_cacheable(backend: Backend, where: Frame) -> None:
         raise FP4ValueError(f"weights cannot be cached here: {where.untracked}. Leave out cache_weights=True")
 
 
+def check_gradients(where: Frame, strict: bool) -> list[str]:
+    """Refuse gradients that are taken within the graph, or note that their GEMMs are not the recipe's."""
+    if not where.differentiates:
+        return []
+    found = (
+        f"the compiled code takes gradients itself, by {where.differentiates}: their GEMMs cannot be told from "
+        "forward ones"
+    )
+    if strict:
+        raise FP4ValueError(
+            f"{found}. Compile the model or the loss alone and take gradients outside, or pass strict=False to have "
+            "wgrads in high precision and dgrads as forward GEMMs."
+        )
+    return [f"{found}: wgrads are in high precision, dgrads are treated as forward GEMMs"]
+
+
 def make_context(options: Options, where: Frame, device: str) -> Context:
     """The context of one graph."""
     recipe = recipes.resolve(options.recipe, options.keep)
@@ -160,6 +176,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
     answer = backend.available()
     if isinstance(answer, No):
         raise FP4ValueError(f"backend {backend.name!r} is not available here: {answer.reason}")
+    notes = check_gradients(where, options.strict)
     if options.cache_weights:
         check_cacheable(backend, where)
     warn_unmatched(recipe, where.root)
@@ -171,6 +188,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         embeddings=set(where.embeddings),
         depths=where.depths,
         inner=recipe.keeps_by_depth and where.is_inner(),
+        notes=notes,
         weight_cache=cache_of(where.session) if options.cache_weights else None,
     )
 

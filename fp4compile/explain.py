@@ -26,7 +26,8 @@ from fp4compile.report import Report, SiteRecord, merged
 # Calls with a copy of each captured graph, before and after each pass: (pass or None, graph, context).
 Observer = Callable[[Pass | None, Graph, Context], None]
 
-_LINEARS = ("Linear", "Conv1D")
+# Classes of modules with a matrix `weight` that one GEMM reads: torch's, and GPT-2's in transformers.
+LINEARS = ("Linear", "Conv1D")
 _OUTSIDE = "not captured: the model breaks the graph around it"
 
 
@@ -126,6 +127,7 @@ def explain(
 
     Raises:
         FP4ValueError: an unknown recipe, backend or pass.
+        FP4TypeError: the model cannot be called, or example inputs of another type.
     """
     if not callable(model):
         raise FP4TypeError(f"explain needs a module or a function, got {type(model).__name__}")
@@ -182,7 +184,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Kind, module path and name of the weights that GEMMs read: of linear modules, and stacks of matrices."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if type(module).__name__ in _LINEARS:
+        if type(module).__name__ in LINEARS:
             yield "linear", path, f"{prefix}weight"
         elif not isinstance(module, _ConvNd):
             stacks = ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1)

@@ -1,10 +1,19 @@
-"""Writing files so that none is ever left half-written."""
+"""Files that fp4compile writes: never left half-written, and where those of this machine are kept."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+from fp4compile.errors import FP4ValueError
+
+
+def check_parents(path: Path) -> None:
+    """Raise unless the folder that a path lies in is one or can be made, before any work."""
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise FP4ValueError(f"cannot write {str(path)!r}: {str(above)!r} is no folder")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from fp4compile.errors import FP4ValueError, unknown
+from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 
 Tie = Literal["even", "away"]
 
@@ -278,9 +278,12 @@ def register_format(fmt: Format) -> Format:
 
     Raises:
         FP4ValueError: the name is taken, the block is odd, or no scale codec reads the first level or a rule.
+        FP4TypeError: not a `Format`.
     """
-    first = fmt.levels[0]
-    if first.dtype not in ("e6m2", "e8m0", "e4m3") or first.block is None or first.block % 2:
+    if not isinstance(fmt, Format):
+        raise FP4TypeError(f"register_format needs a Format, got {type(fmt).__name__}")
+    first = fmt.levels[0] if fmt.levels else None
+    if first is None or first.dtype not in SCALE_RULES or first.block is None or first.block % 2:
         raise FP4ValueError(
             f"format {fmt.name!r}: the first scale level must be e6m2, e8m0 or e4m3 over an even block, got {first}"
         )

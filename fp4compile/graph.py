@@ -11,11 +11,13 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import networkx as nx
 import torch
-from torch.fx import Graph, Node
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.errors import RewriteError
 from fp4compile.ops import OPS
@@ -54,8 +56,16 @@ GEMM_OPS: Mapping[Any, GemmOp] = {
     OPS["grouped_mm"].overload: GemmOp("grouped", 0, 1, ends=2, scaled="grouped_mm"),
 }
 
+# What they may be spelled like in graphs within the graph, which no pass brings to one spelling.
+_GEMMS = {*GEMM_OPS, aten.linear.default, aten.baddbmm.default, aten.mv.default}
+
 # Names of ops of other libraries that hide a GEMM (`somelib.grouped_mm`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
+# Ops of torch that hide the GEMMs of whole layers in inference -> what makes torch write them out.
+FUSED_LAYERS: Mapping[Any, str] = dict.fromkeys(
+    (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default),
+    "torch.backends.mha.set_fastpath_enabled(False) before compiling writes it out",
+)
 
 # Ops that leave every element where it is in a contiguous tensor.
 VIEWS = {
@@ -213,8 +223,8 @@ def _reachable(flow: nx.DiGraph, sources: Iterable[Node]) -> set[Node]:
 
 @dataclass(frozen=True)
 class Flow:
-    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name,
-    `backward` holds the nodes that depend on a tangent."""
+    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name, and what
+    linear modules multiply with to the name of their weight; `backward` holds the nodes that depend on a tangent."""
 
     weights: dict[Node, str]
     backward: set[Node]
@@ -231,7 +241,32 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str]) -> Flow:
             name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
             if name is not None:
                 weights[node] = name
-    return Flow(weights, _reachable(flow, [n for n in tensors if is_tangent(n)]))
+    backward = _reachable(flow, [n for n in tensors if is_tangent(n)])
+    for node in graph.nodes:
+        if (
+            node not in backward
+            and _is_linear_module(node)
+            and not any(n in weights for n in node.all_input_nodes[-2:])
+        ):
+            root = origin(node.all_input_nodes[-1])
+            weights |= dict.fromkeys((root, *_moved(root)), f"{module_path(node)}.weight".removeprefix("."))
+    return Flow(weights, backward)
+
+
+def _is_linear_module(node: Node) -> bool:
+    """Whether a node is the GEMM of an `nn.Linear`: its weight may be masked, normed, a buffer, or handed in."""
+    stack = node.meta.get("nn_module_stack")
+    kind = next(reversed(stack.values()))[1] if stack else None
+    is_linear = isinstance(kind, type) and issubclass(kind, nn.Linear)
+    return is_linear and node.target in (aten.mm.default, aten.addmm.default)
+
+
+def _moved(node: Node) -> Iterator[Node]:
+    """What ops that move values make of a node."""
+    for user in node.users:
+        if user.target in MOVES:
+            yield user
+            yield from _moved(user)
 
 
 def is_tangent(node: Node) -> bool:
@@ -262,7 +297,7 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
         op = GEMM_OPS.get(node.target)
         if op is None:
             site = _opaque_site(node, flow) if node.op == "call_function" else None
-            sites += [site] if site else []
+            sites += [site] if site else _nested_sites(node, flow)
             continue
         if node not in flow.backward:
             site = _forward_site(node, op, flow)
@@ -310,9 +345,10 @@ def _kind(op: GemmOp, weight: Node) -> str:
 
 
 def _opaque_site(node: Node, flow: Flow) -> Site | None:
-    """A GEMM inside an op that no pass can open: another library's, by its name, that reads a weight."""
+    """A GEMM inside an op that no pass can open: torch's of whole layers, or another library's that reads a weight."""
     namespace = getattr(node.target, "namespace", "aten")
-    if namespace in ("aten", "prims", "fp4compile") or not _OPAQUE_GEMM.search(str(node.target)):
+    foreign = namespace not in ("aten", "prims", "fp4compile") and _OPAQUE_GEMM.search(str(node.target))
+    if not foreign and node.target not in FUSED_LAYERS:
         return None
     position = next((i for i, a in enumerate(node.args) if isinstance(a, Node) and a in flow.weights), None)
     if position is None:
@@ -323,6 +359,18 @@ def _opaque_site(node: Node, flow: Flow) -> Site | None:
     operands = {"grad" if backward else "input": 0, "weight": position}
     role: Role = "dgrad" if backward else "forward"
     return Site(node, role, kind, _path(node, parameter), parameter, operands, dict.fromkeys(operands, -1))
+
+
+def _nested_sites(node: Node, flow: Flow) -> list[Site]:
+    """The weights that GEMMs may read in graphs within the graph, as `torch.cond` and `scan` hold them."""
+    owner = node.graph.owning_module
+    held = [getattr(owner, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+    bodies = [m for each in held if isinstance(each, GraphModule) for m in each.modules() if isinstance(m, GraphModule)]
+    if not any(inner.target in _GEMMS for body in bodies for inner in body.graph.nodes):
+        return []
+    role: Role = "dgrad" if node in flow.backward else "forward"
+    read = dict.fromkeys(flow.weights[n] for n in node.all_input_nodes if n in flow.weights and dims(n) > 1)
+    return [Site(node, role, "linear", _path(node, name), name, arguments={}, axes={}) for name in read]
 
 
 def _path(node: Node, parameter: str) -> str:
@@ -426,10 +474,13 @@ def size_hint(size: Any) -> int:
 
 
 def verify(graph: Graph, after: str) -> None:
-    """Raise unless the graph is well formed: defined before use, every call with a value, no op of another project.
+    """Check that a graph is well formed: nodes are defined before they are used, and inserted ones have a value.
 
     Args:
         after: the pass to blame.
+
+    Raises:
+        RewriteError: it is not; the message names the pass.
     """
     try:
         graph.lint()
@@ -469,9 +520,15 @@ def _call(node: Node) -> str:
     return f"{name}({', '.join(arguments)})"
 
 
-def text(graph: Graph, sites: Iterable[Site] = ()) -> str:
-    """The graph, one node a line: `%name: dtype[shape] = op(args)  # what the GEMM is`."""
-    about = {site.node: site for site in sites}
+def _about(site: Site) -> str:
+    """What a GEMM is, and what became of it once the recipe has decided."""
+    decided = f": {site.status}" if site.specs else ""
+    return f"{site.role} {site.path or '(root)'}{decided}"
+
+
+def text(graph: Graph, sites: Iterable[Site] = (), parameters: Mapping[Node, str] = MappingProxyType({})) -> str:
+    """The graph, one node a line: `%name: dtype[shape] = op(args)  # what the GEMM is, or the parameter's name`."""
+    about = {**parameters, **{site.node: _about(site) for site in sites}}
     lines = []
     for node in graph.nodes:
         if node.op == "output":
@@ -480,7 +537,6 @@ def text(graph: Graph, sites: Iterable[Site] = ()) -> str:
         value = "val" in node.meta and node.meta["val"] is not None
         kind = f": {_type(node.meta['val'])}" if value else ""
         body = {"placeholder": "input", "get_attr": f"attribute {node.target}"}.get(node.op) or _call(node)
-        site = about.get(node)
-        note = f"  # {site.role} {site.path or '(root)'}: {site.status}" if site else ""
+        note = f"  # {about[node]}" if node in about else ""
         lines.append(f"%{node.name}{kind} = {body}{note}")
     return "\n".join(lines) + "\n"

@@ -22,23 +22,21 @@ CONFIG = "config.json"
 # What travels with a model besides its weights; never code, never pickles.
 _COMPANIONS = (
     CONFIG,
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *(
-        "tokenizer*.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.*",
-    ),
-    *(
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece*.model",
-        "*.tiktoken",
-        "LICENSE*",
-    ),
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "LICENSE*",
 )
 
 

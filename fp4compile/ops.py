@@ -246,11 +246,11 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_straight_through(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    if inputs[9] or inputs[16]:
+    given = dict(zip(OPS["fake_quantize"].signature.parameters, inputs, strict=True))
+    if given["hadamard"] or given["producer"]:
         raise FP4ValueError("fake_quantize with a Hadamard transform or a producer has no straight-through gradient")
     ctx.others = len(inputs) - 1
-    tensor_scale, fold = inputs[6], inputs[11]
-    ctx.save_for_backward(None if fold else tensor_scale)
+    ctx.save_for_backward(None if given["fold"] else given["tensor_scale"])
 
 
 def _setup_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,6 +11,8 @@ memory takes to read and write one in bf16, and a round costs 2.5 of them: with 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,5 @@ def philox_words(count: int, seed: Tensor, stream: int, device: torch.device) ->
 
 def uniform(shape: tuple[int, ...], seed: Tensor, stream: int, device: torch.device) -> Tensor:
     """fp32 numbers in [0, 1) of the given shape; element i of the row-major order takes word i."""
-    count = 1
-    for size in shape:
-        count *= size
-    words = philox_words(count, seed, stream, device)
+    words = philox_words(math.prod(shape), seed, stream, device)
     return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(shape)

@@ -41,6 +41,7 @@ class Context:
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
         notes: for the report.
+        seconds: time spent in each pass, by its name.
         weight_cache: where quantised weights are kept between calls; None where nobody asked for it.
         programs: what makes them.
     """
@@ -187,19 +188,26 @@ _EXTRA: list[tuple[Pass, str]] = []
 
 
 def register_pass(step: Pass, after: str) -> Pass:
-    """Add a pass to the default pipeline, behind the one named `after`.
+    """Add a pass to the default pipeline, behind the one named `after`; it replaces one of its name that was added.
+
+    Returns:
+        The pass, so that the call can stand in an assignment.
 
     Raises:
-        FP4TypeError: not a pass. FP4ValueError: no pass of that name, or facts that do not hold there.
+        FP4TypeError: not a pass.
+        FP4ValueError: the name of one of our own passes, no pass named `after`, or facts that do not hold there.
     """
     parts = ("name", "needs", "gives", "run", "__dataclass_fields__")
     if isinstance(step, type) or not all(hasattr(step, part) for part in parts):
         raise FP4TypeError(f"register_pass needs a frozen dataclass with name, needs, gives and run, got {step!r}")
-    _EXTRA.append((step, after))
+    if step.name in (own.name for own in _own_passes()):
+        raise FP4ValueError(f"{step.name!r} is a pass of the default pipeline; give yours another name")
+    before = list(_EXTRA)
+    _EXTRA[:] = [*(row for row in before if row[0].name != step.name), (step, after)]
     try:
         default_pipeline()
     except FP4ValueError:
-        _EXTRA.pop()
+        _EXTRA[:] = before
         raise
     return step
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from fp4compile import experts, source
 from fp4compile.backend import No
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.explain import explain
+from fp4compile.explain import LINEARS, explain
 from fp4compile.graph import Site, origin
 from fp4compile.ops import OPS
 from fp4compile.packed import PackedWeight
@@ -30,7 +30,6 @@ from fp4compile.pipeline import Context, Pass, default_pipeline
 from fp4compile.recipe import Operand, Recipe
 from fp4compile.report import Report, SiteRecord
 
-_LINEARS = ("Linear", "Conv1D")
 _LAST_PASS = "insert_qdq"
 # Kind of a GEMM -> the op that multiplies with its packed weight.
 _RUNS = {"linear": "fp4compile.mm", "grouped": "fp4compile.grouped_mm_packed"}
@@ -123,8 +122,8 @@ class _Plan:
         if module.get_parameter(attribute).dim() == 3:
             reason = experts.refusal(module, attribute)
             return reason if reason is None else f"its weight is {path}.{attribute}; {reason}"
-        known = kind in _LINEARS and attribute == "weight"
-        return None if known else f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(_LINEARS)}"
+        known = kind in LINEARS and attribute == "weight"
+        return None if known else f"its weight is {path}.{attribute} of a {kind}; packed layers: {', '.join(LINEARS)}"
 
 
 def _nearest(spec: Operand | None) -> Operand | None:

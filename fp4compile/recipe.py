@@ -41,7 +41,7 @@ OPERANDS: Mapping[str, tuple[str, str]] = {
 # Last path components of output heads, which stay in high precision (as do heads tied to an embedding).
 HEADS = ("lm_head", "head", "classifier", "score", "proj_out", "embed_out")
 
-
+# Of a Hadamard transform: one fixed vector, or one that is drawn for each GEMM and step.
 SIGNS = ("fixed", "fresh")
 
 

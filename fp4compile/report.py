@@ -115,6 +115,10 @@ class Report:
         console.print(self.summary(), markup=False)
         return console.export_text()
 
+    def __str__(self) -> str:
+        """What `print` shows: `to_text`."""
+        return self.to_text().rstrip()
+
     def summary(self) -> str:
         """One line: counts, FLOP share, weight bytes."""
         before, after = self.weight_bytes

@@ -65,7 +65,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 def producer_of(node: Node) -> dict[str, Any]:
     """What a call of ours says of the producer of its x; nothing where x is what it quantises."""
-    return {name: value for name, value in node.kwargs.items() if name in _PRODUCER_ARGUMENTS}
+    return {name: argument for name, argument in node.kwargs.items() if name in _PRODUCER_ARGUMENTS}
 
 
 def fake_quantized(operand: Node, contraction: int) -> Node | None:
@@ -127,13 +127,11 @@ class Rule:
     """One rewrite.
 
     Attributes:
-        name: what the report calls it.
         targets: ops that the rule looks at.
-        check: whether this node may be rewritten; `No` says why not.
+        check: whether this node may be rewritten; `No` says why not, to a reader or a debugger.
         build: makes the replacement before the node and returns it.
     """
 
-    name: str
     targets: tuple[Any, ...]
     check: Callable[[Node], Answer]
     build: Callable[[Graph, Node], Node]

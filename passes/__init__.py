@@ -44,7 +44,7 @@ PIPELINE = (
     Activate(),  # after pack: what multiplies packed activations applies none
     Pair(),  # what is left of fake quantisation is read from one tensor
     Bundle(),  # after pair and rescale, whose ops it takes apart where reading their input's own inputs is cheaper
-    Absorb(),  # last: into whatever op now reads a tensor to quantise it
+    Absorb(),  # after pair, rescale and bundle: into whatever op now reads a tensor to quantise it
     Legalise(),
     Hoist(),  # last: behind it a weight's kernels no longer show
 )

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from fp4compile.backend import No
 from fp4compile.errors import RewriteError
 from fp4compile.formats import FORMATS
-from fp4compile.graph import GEMM_OPS, Site, forward_of
+from fp4compile.graph import FUSED_LAYERS, GEMM_OPS, Site, forward_of
 from fp4compile.pipeline import Context
 from fp4compile.recipe import HEADS, Operand, Recipe
 from fp4compile.rewrite import through_permute
@@ -78,7 +78,10 @@ _REASONS_TO_KEEP = (_head, _router, _glob, _depth)
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
     """Why a GEMM that the recipe wants in FP4 cannot be."""
     if site.node.target not in GEMM_OPS:
-        return f"the op {site.node.target} hides its GEMM from the graph"
+        if not site.arguments:
+            return f"it lies in a graph of its own within {site.node.target}, which no pass rewrites"
+        remedy = FUSED_LAYERS.get(site.node.target)
+        return f"the op {site.node.target} hides its GEMM from the graph" + (f"; {remedy}" if remedy else "")
     for name, spec in specs.items():
         if spec is None:
             continue

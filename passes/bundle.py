@@ -10,7 +10,7 @@ None of the tensors is written then. It happens within one half of the step, whe
 join and fewer bytes move than by writing the tensors, or computing each for itself as `absorb` would. Users of a result
 that stand in front of what the others are computed from move behind it.
 
-To nearest and without a transform only: arithmetic bounds the others, which are as fast one by one.
+To nearest and without a transform only: arithmetic bounds the others.
 """
 
 from __future__ import annotations

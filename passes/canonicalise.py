@@ -3,6 +3,7 @@
     linear(x, w, b)              ->  addmm(b, view(x), permute(w)), viewed back
     addmm(b, x, w, beta, alpha)  ->  b * beta + mm(x, w) * alpha
     baddbmm(b, x, w)             ->  b + bmm(x, w)
+    addbmm(b, x, w)              ->  b + sum(bmm(x, w), 0)
     mv(w, x)                     ->  squeeze(mm(w, unsqueeze(x)))
     _grouped_mm(x, w), 3-D both  ->  bmm(x, w)
     transpose(w), w.mT           ->  permute(w)
@@ -45,6 +46,8 @@ def _has_factors(node: Node) -> Answer:
 def _split_bias(target: Any, graph: Graph, node: Node) -> Node:
     bias, a, b = cast(tuple[Node, Node, Node], node.args)
     product = call(graph, target, (a, b), node)
+    if node.target is aten.addbmm.default:
+        product = call(graph, aten.sum.dim_IntList, (product, [0]), node)
     product = _scaled(graph, product, node.kwargs.get("alpha", 1), node)
     beta = node.kwargs.get("beta", 1)
     if beta == 0:
@@ -102,14 +105,15 @@ def _permute(graph: Graph, node: Node) -> Node:
 
 
 GEMM_RULES = (
-    Rule("linear", (aten.linear.default,), _always, _linear),
-    Rule("addmm", (aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
-    Rule("baddbmm", (aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
-    Rule("mv", (aten.mv.default,), _always, _mv),
-    Rule("stacks", (aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
+    Rule((aten.linear.default,), _always, _linear),
+    Rule((aten.addmm.default,), _has_factors, lambda g, n: _split_bias(aten.mm.default, g, n)),
+    Rule((aten.baddbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
+    Rule((aten.addbmm.default,), _always, lambda g, n: _split_bias(aten.bmm.default, g, n)),
+    Rule((aten.mv.default,), _always, _mv),
+    Rule((aten._grouped_mm.default,), _of_stacks, lambda g, n: call(g, aten.bmm.default, n.args[:2], n)),
 )
-TRANSPOSITIONS = (Rule("transpose", (aten.transpose.int, aten.mT.default), _always, _transposition),)
-MOVE_RULES = (Rule("permute", (aten.permute.default,), _of_permute, _permute),)
+TRANSPOSITIONS = (Rule((aten.transpose.int, aten.mT.default), _always, _transposition),)
+MOVE_RULES = (Rule((aten.permute.default,), _of_permute, _permute),)
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,9 @@ def _packed_gemm(graph: Graph, node: Node) -> Node:
 
 # Rules run in groups: a weight that stays packed must not become fake quantisation first.
 GROUPS = (
-    (Rule("packed gemm", (aten.mm.default, aten.addmm.default, MM), _reads_packed_weight, _packed_gemm),),
-    (Rule("hadamard + quantize", (QUANTIZE, TENSOR_SCALE), _after_hadamard, _absorb_hadamard),),
-    (Rule("quantize + dequantize", (DEQUANTIZE,), _of_quantize, _fake_quantize),),
+    (Rule((aten.mm.default, aten.addmm.default, MM), _reads_packed_weight, _packed_gemm),),
+    (Rule((QUANTIZE, TENSOR_SCALE), _after_hadamard, _absorb_hadamard),),
+    (Rule((DEQUANTIZE,), _of_quantize, _fake_quantize),),
 )
 
 

@@ -29,7 +29,7 @@ from fp4compile.pipeline import Context
 from fp4compile.rewrite import call
 
 aten, prims = torch.ops.aten, torch.ops.prims
-MM = OPS["grouped_mm"].overload
+GROUPED_MM = OPS["grouped_mm"].overload
 _MOVES = VIEWS | {aten.expand.default}
 _PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
 
@@ -46,6 +46,7 @@ def _unmoved(x: Node) -> Node:
 
 
 def _untransposed(x: Node) -> tuple[Node, bool]:
+    """A stack below views and the transposition of its matrices, and whether there is one."""
     x = _unmoved(x)
     transposed = _is_transposed(x)
     return (_unmoved(cast(Node, x.args[0])) if transposed else x), transposed
@@ -71,6 +72,14 @@ class _Order:
 
 @dataclass
 class _Rewriter:
+    """The rewrite of one graph.
+
+    Attributes:
+        weights: nodes that are computed from parameters alone, see `graph.Flow`.
+        orders: (expert of each token, number of experts) -> the tokens sorted by it.
+        sorted_rows: (rows, order of tokens) -> the rows in that order.
+    """
+
     graph: Graph
     weights: dict[Node, str]
     orders: dict[tuple[Node, int], _Order] = field(default_factory=dict)
@@ -92,7 +101,7 @@ class _Rewriter:
             rows = self._sorted(self._rows(other, axis, node), order, node)
             if transposed != (axis == 2):  # [experts, K, N] is wanted, and a matrix on the left is [N, K]
                 weight = call(self.graph, aten.permute.default, (weight, [0, 2, 1]), node)
-            out = call(self.graph, MM, (rows, weight, order.ends), node)
+            out = call(self.graph, GROUPED_MM, (rows, weight, order.ends), node)
             out = call(self.graph, aten.index.Tensor, (out, [order.inverse]), node)
             return call(self.graph, aten.unsqueeze.default, (out, axis), node)
         return None
@@ -113,7 +122,7 @@ class _Rewriter:
             return None
         left, right = (self._sorted(self._rows(x, axis, product), order, product) for x, axis in ((a, 2), (b, 1)))
         left = call(self.graph, aten.permute.default, (left, [1, 0]), product)
-        out = call(self.graph, MM, (left, right, order.ends), product)
+        out = call(self.graph, GROUPED_MM, (left, right, order.ends), product)
         return call(self.graph, aten.permute.default, (out, [0, 2, 1]), product) if transposed else out
 
     def _rows(self, x: Node, axis: int, like: Node) -> Node:

@@ -34,7 +34,8 @@ from fp4compile.pipeline import Context
 from fp4compile.rewrite import arguments, call, fake_quantized, producer_of
 
 aten = torch.ops.aten
-QUANTIZE, BOTH, MM = (OPS[name].overload for name in ("quantize_rowwise", "quantize_rowwise_both", "mm_rowwise"))
+QUANTIZE_ROWWISE, QUANTIZE_ROWWISE_BOTH = OPS["quantize_rowwise"].overload, OPS["quantize_rowwise_both"].overload
+MM_ROWWISE = OPS["mm_rowwise"].overload
 _PARTS = 4  # values, scale, exponents, flags
 # What `quantize_rowwise_both` takes per axis, and what both axes share.
 _PER_AXIS = ("rounding", "scale_rule", "stream", "hadamard")
@@ -82,12 +83,12 @@ class RowRewriter:
     def quantized(self, fake: Node, args: tuple[Any, ...], **options: Any) -> list[Node]:
         """The four parts of what `fake` quantises, made where it stands."""
         with self.graph.inserting_before(fake):
-            node = call(self.graph, QUANTIZE, args, fake, **options)
+            node = call(self.graph, QUANTIZE_ROWWISE, args, fake, **options)
             return [call(self.graph, operator.getitem, (node, i), fake) for i in range(_PARTS)]
 
 
-def _refusal(fake: Node | None) -> str | None:
-    """Why an operand cannot be FP8 in rows, or None."""
+def _operand_refusal(fake: Node | None) -> str | None:
+    """Why an operand cannot be FP8 in rows, or None; `fake` is what it fake-quantises, if it does."""
     return "an operand is not quantised along the contraction axis of a matrix" if fake is None else refusal(fake)
 
 
@@ -100,7 +101,7 @@ class _Rewriter(RowRewriter):
         if node.target not in (aten.mm.default, aten.addmm.default):
             return self.refuse("a batched or grouped GEMM")
         operands = [fake_quantized(cast(Node, node.args[i]), axis) for i, axis in ((op.a, 1), (op.b, 0))]
-        reason = next(filter(None, map(_refusal, operands)), None)
+        reason = next(filter(None, map(_operand_refusal, operands)), None)
         if reason is not None:
             return self.refuse(reason)
         bias = {"bias": cast(Node, node.args[0])} if node.target is aten.addmm.default else {}
@@ -108,7 +109,7 @@ class _Rewriter(RowRewriter):
             return self.refuse("what is added is not one bias per column")
         e5m2 = [site.arguments.get("grad") == position for position in (op.a, op.b)]
         parts = [self._operand(fake, wide) for fake, wide in zip(operands, e5m2, strict=True) if fake is not None]
-        return self.multiply(site, MM, parts, **bias)
+        return self.multiply(site, MM_ROWWISE, parts, **bias)
 
     def _operand(self, fake: Node, e5m2: bool) -> list[Node]:
         key = fake, e5m2
@@ -120,7 +121,7 @@ class _Rewriter(RowRewriter):
     def pairs(self) -> int:
         """Quantise along both axes at once where that needs no more memory; the number of pairs."""
         found: dict[Any, list[Node]] = defaultdict(list)
-        for node in self.graph.find_nodes(op="call_function", target=QUANTIZE, sort=True):
+        for node in self.graph.find_nodes(op="call_function", target=QUANTIZE_ROWWISE, sort=True):
             given = arguments(node)
             key = given["x"], given["format"], is_backward(node), given["e5m2"], *producer_of(node).items()
             found[key].append(node)
@@ -140,7 +141,7 @@ class _Rewriter(RowRewriter):
         options |= producer_of(nodes[0])
         early = min(first.values(), key=nodes.index)
         with self.graph.inserting_before(early):
-            both = call(self.graph, BOTH, early.args[:2], early, **options)
+            both = call(self.graph, QUANTIZE_ROWWISE_BOTH, early.args[:2], early, **options)
             if not self.context.has_kernel(both):
                 self.graph.erase_node(both)
                 return False

@@ -35,11 +35,11 @@ from fp4compile.recipe import Role
 from fp4compile.rewrite import arguments, call, fake_quantized, through_permute
 
 aten = torch.ops.aten
-FAKE, MM = (OPS[name].overload for name in ("fake_quantize", "grouped_mm_rowwise"))
+FAKE, GROUPED_MM_ROWWISE = OPS["fake_quantize"].overload, OPS["grouped_mm_rowwise"].overload
 
 
-def _refusal(fake: Node | None) -> str | None:
-    """Why an operand cannot be FP8 in rows, or None."""
+def _operand_refusal(fake: Node | None) -> str | None:
+    """Why an operand cannot be FP8 in rows, or None; `fake` is what it fake-quantises, if it does."""
     if fake is None:
         return "an operand is not quantised along the contraction axis"
     return refusal(fake) or (None if dims(fake) == 2 else _no_matrix(fake))
@@ -74,10 +74,11 @@ class _Rewriter(RowRewriter):
         each = size_hint(tokens.meta["val"].shape[0]) // size_hint(weights.meta["val"].shape[0])
         if each < least_tokens:
             return self.refuse(f"fewer than {least_tokens} tokens an expert")
-        reason = next(filter(None, map(_refusal, operands)), None)
+        reason = next(filter(None, map(_operand_refusal, operands)), None)
         if reason is not None:
             return self.refuse(reason)
-        return self.multiply(site, MM, [self._operand(fake) for fake in operands if fake is not None], ends)
+        parts = [self._operand(fake) for fake in operands if fake is not None]
+        return self.multiply(site, GROUPED_MM_ROWWISE, parts, ends)
 
     def _operand(self, fake: Node) -> list[Node]:
         if fake not in self.made:

@@ -25,7 +25,7 @@ from fp4compile.pipeline import Context
 from fp4compile.rewrite import call
 
 aten = torch.ops.aten
-MM = OPS["grouped_mm"].overload
+GROUPED_MM = OPS["grouped_mm"].overload
 
 Build = Callable[[Graph, Node, Mapping[str, Any]], Node]
 
@@ -36,12 +36,12 @@ def _transposed(graph: Graph, x: Node, like: Node) -> Node:
 
 
 def _forward(graph: Graph, node: Node, given: Mapping[str, Any]) -> Node:
-    return call(graph, MM, (given["input"], given["weight"], given["offs"]), node)
+    return call(graph, GROUPED_MM, (given["input"], given["weight"], given["offs"]), node)
 
 
 def _dgrad(graph: Graph, node: Node, given: Mapping[str, Any]) -> Node:
     weight = _transposed(graph, given["weight"], node)
-    return call(graph, MM, (given["grad_output"], weight, given["offs"]), node)
+    return call(graph, GROUPED_MM, (given["grad_output"], weight, given["offs"]), node)
 
 
 def _wgrad(graph: Graph, node: Node, given: Mapping[str, Any]) -> Node:
@@ -50,7 +50,7 @@ def _wgrad(graph: Graph, node: Node, given: Mapping[str, Any]) -> Node:
     transposed = given["weight"].target is aten.permute.default
     if transposed:
         first, second = second, first
-    product = call(graph, MM, (_transposed(graph, first, node), second, given["offs"]), node)
+    product = call(graph, GROUPED_MM, (_transposed(graph, first, node), second, given["offs"]), node)
     return _transposed(graph, product, node) if transposed else product
 
 

@@ -475,6 +475,30 @@ def test_output_folders(small, saved, tmp_path):
         fp4compile.convert(saved("llama"), out=saved("llama"), overwrite=True)
 
 
+def test_an_output_folder_that_is_there_stays_the_same_one(small, tmp_path):
+    """A mount point cannot be renamed over, and a link may lead to another file system."""
+    made, there = small(Small), tmp_path / "there"
+    there.mkdir()
+    inode = there.stat().st_ino
+    for name, target in (("link", there), ("dangling", tmp_path / "new")):
+        (tmp_path / name).symlink_to(target)
+        plan(made, tmp_path / name)
+        assert (tmp_path / name).is_symlink() and manifest(target)["formats"]
+    assert there.stat().st_ino == inode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "new", "there"]
+
+
+def test_an_output_below_a_file_and_a_converted_source(small, tmp_path, monkeypatch):
+    made, out = small(Small), tmp_path / "out"
+    plan(made, out)
+    with pytest.raises(FP4ValueError, match="is converted already"):
+        fp4compile.convert(out, out=tmp_path / "again")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(CONVERT, "decide", None)  # before any work
+    with pytest.raises(FP4ValueError, match="file' is no folder"):
+        plan(made, tmp_path / "file" / "out")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("disk on fire"), KeyboardInterrupt()])
 def test_nothing_is_left_behind(small, tmp_path, monkeypatch, error):
     made, calls = small(Small), []

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile.backend import Answer, Kernel, No, Yes
+from fp4compile.backend import Answer, Kernel, No, Yes, register_backend
+from fp4compile.backends.reference import ReferenceBackend
 from fp4compile.dispatch import _INSTALLED, Dispatch, Place, installed
+from fp4compile.errors import FP4TypeError
 from tests.helpers import randn
 
 
@@ -138,3 +140,9 @@ def test_without_kernels_the_op_is_called() -> None:
     place = Place("draw_seed", "cpu")
     assert place.run(torch.device("cpu")).dtype == torch.int64
     assert place.run is draw
+
+
+@pytest.mark.parametrize("thing", [ReferenceBackend, "reference", None])
+def test_only_backends_can_be_registered(thing: Any) -> None:
+    with pytest.raises(FP4TypeError, match="register_backend needs a Backend, got"):
+        register_backend(thing)

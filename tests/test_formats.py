@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fp4compile.errors import FP4ValueError
+from fp4compile.errors import FP4TypeError, FP4ValueError
 from fp4compile.formats import E2M1, FORMATS, S1P2, ScaleLevel, register_format
 
 BUILTIN = {
@@ -157,6 +157,7 @@ def test_register(registered):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"levels": ()}, "first scale level must be e6m2, e8m0 or e4m3"),
         ({"levels": (ScaleLevel("u1", 8),)}, "first scale level must be e6m2, e8m0 or e4m3"),
         ({"levels": (ScaleLevel("e8m0", None),)}, "over an even block"),
         ({"levels": (ScaleLevel("e8m0", 5),)}, "over an even block"),
@@ -172,3 +173,8 @@ def test_register_refuses(registered, changes, message):
     with pytest.raises(FP4ValueError, match=message):
         registered("mxfp4", name="broken", **changes)
     assert "broken" not in FORMATS
+
+
+def test_register_takes_formats_only():
+    with pytest.raises(FP4TypeError, match="register_format needs a Format, got dict"):
+        register_format({"name": "broken"})

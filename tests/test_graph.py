@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fp4compile
@@ -65,6 +67,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], 
     "bmm": (lambda x, w: torch.bmm(x, w), (3, 4, 64), (3, 64, 32)),
     "bmm of a repeated weight": (lambda x, w: torch.bmm(x, w.expand(3, 64, 32)), (3, 4, 64), (64, 32)),
     "baddbmm": (lambda x, w: torch.baddbmm(x[:, :, :32], x, w), (3, 4, 64), (3, 64, 32)),
+    "addbmm": (lambda x, w: torch.addbmm(x[0, :, :32], x, w, beta=0.5, alpha=2), (3, 4, 64), (3, 64, 32)),
     "weight on the left": (lambda x, w: w @ x, (64, 4), (32, 64)),
     "transposed weight on the left": (lambda x, w: w.T @ x, (64, 4), (64, 32)),
     "a view of the weight": (lambda x, w: x @ w.view(64, 32), (4, 64), (2, 32, 32)),
@@ -295,6 +298,46 @@ def test_a_buffer_is_no_weight() -> None:
     assert sites(model, X) == expect(a="forward wgrad", b="forward dgrad wgrad")
 
 
+def _masked() -> nn.Module:
+    model = Model(lambda m, x: m.b(m.a(x)))
+    prune.random_unstructured(model.a, "weight", 0.5)
+    return model
+
+
+def _of_a_buffer() -> nn.Module:
+    model = Model(lambda m, x: m.b(m.a(x)))
+    weight = model.a.weight.detach()
+    del model.a.weight
+    model.a.register_buffer("weight", weight)
+    return model
+
+
+@pytest.mark.parametrize(("make", "roles"), [(_masked, "forward wgrad"), (_of_a_buffer, "forward")])
+def test_a_linear_module_is_one_whatever_its_weight_is_made_of(make: Callable[[], nn.Module], roles: str) -> None:
+    """It would stay in high precision, and the report would not say so."""
+    assert sites(make(), X) == expect(a=roles, b="forward dgrad wgrad")
+
+
+def test_a_normed_weight() -> None:
+    """Spectral norm divides it by what buffers and the weight make; their products are GEMMs with a weight too."""
+    model = Model(lambda m, x: m.b(m.a(x)))
+    nn.utils.parametrizations.spectral_norm(model.a)
+    found = [site for site in sites(model, X) if "parametrizations" not in site[1]]
+    assert found == expect(a="forward wgrad", b="forward dgrad wgrad")
+
+
+def test_tensors_in_the_place_of_parameters() -> None:
+    model = Model(lambda m, x: m.b(m.a(x)))
+    given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+
+    def call(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, given, (x,))
+
+    assert [(role, path) for role, path, _ in sites(call, X)] == [
+        (role, path) for role, path, _ in expect(a="forward wgrad", b="forward dgrad wgrad")
+    ]
+
+
 # --- what is not in one graph
 
 
@@ -458,6 +501,44 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+def _cond(model: Model, x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda t: model.a(t).sin(), lambda t: model.b(t), (x,))
+
+
+def _scan(model: Model, x: Tensor) -> Tensor:
+    return scan(lambda c, row: (model.b(model.a(c)) + row, c.clone()), x[0], x, dim=0)[1]
+
+
+@pytest.mark.parametrize("run", [_cond, _scan])
+@pytest.mark.parametrize("train", [False, True])
+def test_gemms_in_graphs_within_the_graph_are_reported(run: Callable[[Model, Tensor], Tensor], train: bool) -> None:
+    report = fp4compile.explain(Model(run), X, "hif4-plain", train=train)
+    assert {(s.path, s.parameter) for s in report.sites} == {("a", "a.weight"), ("b", "b.weight")}
+    assert all(s.status == "refused" and "graph of its own" in s.reason for s in report.sites)
+    kept = fp4compile.explain(Model(run), X, "hif4-plain", train=train, keep=["a", "b"])
+    assert {s.status for s in kept.sites} == {"kept"}
+
+
+@torch.no_grad()
+def test_torchs_fused_layers_are_reported() -> None:
+    """torch's encoder layers are one op in evaluation without gradients."""
+    layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
+    x = randn(2, 4, 64)
+    (site,) = fp4compile.explain(layer, x, "hif4-plain").sites
+    assert (site.path, site.status) == ("self_attn", "refused")
+    assert "set_fastpath_enabled(False)" in site.reason
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert sites(layer, x, train=False) == [
+            ("forward", "linear1", "linear1.weight"),
+            ("forward", "linear2", "linear2.weight"),
+            ("forward", "self_attn", "self_attn.in_proj_weight"),
+            ("forward", "self_attn.out_proj", "self_attn.out_proj.weight"),
+        ]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_a_gemm_hidden_in_an_op_of_another_library_is_reported() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -518,3 +599,4 @@ def test_the_text_holds_paths_reasons_and_notes() -> None:
     text = whole.to_text()
     for part in ("layers.0", "refused", "[because]", "note: mind [this]"):
         assert part in text
+    assert str(whole) == text.rstrip()

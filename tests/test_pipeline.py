@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -230,6 +232,27 @@ def test_passes_registered_at_one_place_run_latest_first_and_can_follow_each_oth
     fp4compile.register_pass(second, after="count")
     names = [step.name for step in default_pipeline().passes]
     assert names[names.index("share") :][:4] == ["share", "count", "rewrite", "fold"]
+
+
+def test_a_pass_registered_again_replaces_the_one_before(registry: None) -> None:
+    fp4compile.register_pass(CountQuantise(), after="share")
+    newer = fp4compile.register_pass(CountQuantise(), after="fuse")
+    added = [step for step in default_pipeline().passes if step.name == "count"]
+    assert len(added) == 1 and added[0] is newer
+
+
+def test_a_pass_of_the_default_pipeline_keeps_its_name(registry: None) -> None:
+    class Share(CountQuantise):
+        name = "share"
+
+    with pytest.raises(FP4ValueError, match="'share' is a pass of the default pipeline"):
+        fp4compile.register_pass(Share(), after="fuse")
+
+
+def test_the_readme_lists_the_passes_in_order() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"`capture → ([^`]*) → backend`", readme)
+    assert listed is not None and tuple(re.split(r"\s*→\s*", listed[1])) == NAMES
 
 
 def test_registrations_are_gone_after_the_fixture() -> None:

@@ -37,11 +37,19 @@ class _JointPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for step in self._before:
             step(graph)
-        self._rewrite(graph)
+        if not _is_nested(graph):
+            self._rewrite(graph)
 
     def uuid(self) -> Any:
         """What Inductor's caches know the rewrite by: everything that decides its result."""
         return self._key, *(step.uuid() for step in self._before if isinstance(step, CustomGraphPass))
+
+
+def _is_nested(graph: Graph) -> bool:
+    """Whether a graph lies within another, as a branch of `torch.cond` does: its inputs are not AOTAutograd's, which
+    alone tell what is a parameter and what a tangent. The passes report its GEMMs where it is called."""
+    inputs = graph.find_nodes(op="placeholder")
+    return bool(inputs) and not any("desc" in node.meta for node in inputs)
 
 
 class InductorBackend(Backend):

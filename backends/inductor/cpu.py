@@ -232,6 +232,8 @@ def _fields(format: str, scale_rule: str | None, dtype: torch.dtype) -> dict[str
 
 def _merged(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """(size, stride) of the axes, those that follow one another in memory joined, those of size 1 dropped."""
+    if 0 in sizes:
+        return [(0, 0)]
     runs: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
@@ -298,7 +300,8 @@ def _source(x: Tensor, axis: int, block_2d: bool) -> tuple[Tensor, int, dict[str
     axis %= x.dim()
     layout = _layout(x, axis, block_2d)
     if layout is None:
-        x = x.contiguous()
+        # A tensor without elements is contiguous whatever its strides.
+        x = x.contiguous() if x.numel() else torch.empty(x.shape, dtype=x.dtype)
         layout = _layout(x, axis, block_2d)
         assert layout is not None
     return x, axis, layout

@@ -27,8 +27,8 @@ from fp4compile.formats import FORMATS
 from fp4compile.rowwise import FLAGGED
 
 _KERNELS = "packed_rowwise_kernels"
-# Tokens from which on this is taken, in the place of a weight decoded to bf16. On an H100 the GEMM that reads codes is as
-# fast at about 450 tokens of a weight 28672 x 4096.
+# Tokens from which on this is taken, in the place of a weight decoded to bf16. On an H100 the GEMM that reads codes is
+# as fast at about 450 tokens of a weight 28672 x 4096.
 LEAST_TOKENS = MOST_TOKENS + 1
 # Blocks of 16 rows at a time: 64 elements a thread.
 _STEP, _WARPS = 16, 4

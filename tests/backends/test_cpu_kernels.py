@@ -194,6 +194,18 @@ def test_extreme_tensor_scales(value: float) -> None:
     check("tensor_scale", x=x[:, :2] * 1e-5, format="nvfp4")
 
 
+@pytest.mark.parametrize("shape", [(0, 15, 16), (8, 0, 33, 8), (3, 5, 0), (4, 3, 0, 5)])
+def test_no_elements_in_any_layout(shape: tuple[int, ...]) -> None:
+    """Their strides may be anything, and `contiguous` leaves them so."""
+    for axis in range(len(shape)):
+        for turned in (torch.empty(shape), torch.empty(shape[::-1]).permute(*range(len(shape))[::-1])):
+            check("fake_quantize", x=turned, format="hif4", axis=axis)
+            check("quantize", x=turned, format="mxfp4", axis=axis, hadamard=32)
+            check("hadamard", x=turned, axis=axis, size=16)
+    gap = torch.empty_strided((0, 15, 15), (15, 1, 15))
+    check("fake_quantize", x=gap, format="nvfp4", axis=0)
+
+
 def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
     """Inductor's loops and users may set it per thread; subnormal inputs must still reach their codes."""
     x = torch.randn(64, 1024) * 1e-39

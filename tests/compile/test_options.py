@@ -1,5 +1,7 @@
 """Options of `torch.compile(backend="fp4compile")`, their errors and warnings, and `last_report()`."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,54 @@ def test_not_strict_trains_and_reports_what_was_refused() -> None:
     kept = step(compiled(model, "hif4", keep=["narrow"]), x)
     assert relative(got.tensors["narrow.bias"], kept.tensors["narrow.bias"]) < 2e-6
     assert relative(got.tensors["narrow.weight"], kept.tensors["narrow.weight"]) > 0.01  # its wgrad is FP4
+
+
+def _backward_inside(model: nn.Module) -> Callable[[], object]:
+    x = randn(13, 64)
+    return lambda: model(x).sum().backward()
+
+
+def _func_grad(model: nn.Module) -> Callable[[], object]:
+    x, weights = randn(13, 64), dict(model.named_parameters())
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (x,)).sum()
+
+    return lambda: torch.func.grad(loss)(weights)
+
+
+@pytest.mark.parametrize("make", [_backward_inside, _func_grad])
+def test_gradients_within_the_compiled_code_are_refused(
+    make: Callable[[torch.nn.Module], Callable[[], object]],
+) -> None:
+    """Their wgrads would stay in high precision and their dgrads be forward GEMMs, without a word."""
+    step = make(build(_Odd))
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with pytest.raises(FP4ValueError, match="takes gradients itself"):
+            compiled(step, "hif4-plain")()
+        compiled(step, "hif4-plain", strict=False)()
+    assert any("wgrads are in high precision" in note for note in fp4compile.last_report().notes)
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.two(x), (x,))
+
+
+@pytest.mark.slow
+def test_branches_stay_in_high_precision_on_every_backend() -> None:
+    """Inductor hands its pass each branch alone, whose inputs say nothing of parameters and tangents."""
+    model, x = build(_Branches), randn(13, 64)
+    with pytest.raises(RewriteError, match="graph of its own"):
+        compiled(model, "hif4-plain", "inductor")(x)
+    torch._dynamo.reset()
+    got = compiled(model, "hif4-plain", "inductor", strict=False)(x)
+    assert relative(got, model(x)) < 2e-6
+    assert {path for path, _ in statuses()} == {"one", "two"} and set(statuses().values()) == {"refused"}
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
