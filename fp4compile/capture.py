@@ -121,12 +121,8 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
 
 def _differentiates(graph_module: GraphModule) -> str:
     """What takes gradients within a Dynamo graph or one inside it, or ""."""
-    graphs = [module.graph for module in graph_module.modules() if isinstance(module, GraphModule)]
-    return next((_DIFFERENTIATE[n.target] for g in graphs for n in g.nodes if _takes_gradients(n)), "")
-
-
-def _takes_gradients(node: Node) -> bool:
-    return node.op == "call_function" and node.target in _DIFFERENTIATE
+    graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
+    return next((_DIFFERENTIATE[n.target] for graph in graphs for n in graph.nodes if n.target in _DIFFERENTIATE), "")
 
 
 def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar, cast
@@ -28,7 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4compile.elementwise import Produced, Refused, Survey
 from fp4compile.formats import FORMATS
-from fp4compile.graph import MOVES, below_views, is_backward, readers
+from fp4compile.graph import MOVES, below_views, digraph, is_backward, readers
 from fp4compile.ops import BY_OVERLOAD, OPS
 from fp4compile.passes.absorb import absorbed, check_only_quantised, consumers_of
 from fp4compile.pipeline import Context
@@ -203,26 +203,14 @@ def _check_order(groups: _Groups) -> None:
     # Tensor scales among them are replaced in front.
     results = replaced | {item for node in replaced for item in node.users if item.target is operator.getitem}
     stack += [n for node in replaced for n in node.all_input_nodes if n not in results]
-    found = _found_behind(stack, replaced)
-    if found is not None:
-        raise Refused(f"{found} comes before what it would be bundled with")
-
-
-# Node -> those that it has to stand behind without reading them.
-_Waits = Mapping[Node, Sequence[Node]]
-
-
-def _found_behind(nodes: Iterable[Node], sought: Container[Node], waits: _Waits | None = None) -> Node | None:
-    """One of what is sought that is among some nodes, or that they are computed from or wait for."""
-    stack, seen = list(nodes), set[Node]()
+    seen: set[Node] = set()
     while stack:
         node = stack.pop()
-        if node in sought:
-            return node
+        if node in replaced:
+            raise Refused(f"{node} comes before what it would be bundled with")
         if node not in seen:
             seen.add(node)
-            stack += (*node.all_input_nodes, *(waits or {}).get(node, ()))
-    return None
+            stack += node.all_input_nodes
 
 
 # --- the rewrite -----------------------------------------------------------------------------------------------------
@@ -275,19 +263,19 @@ def _rewrite(graph: Graph, groups: _Groups, context: Context) -> dict[Node, list
     return results
 
 
-def _use_up(results: Mapping[Node, Sequence[Node]], waits: defaultdict[Node, list[Node]]) -> None:
+def _use_up(results: Mapping[Node, Sequence[Node]], flow: nx.DiGraph) -> None:
     """Have the results of one op read before the next op makes its own, those of the op with most results first.
 
     All of them would be alive at once otherwise, and what they are computed from: the largest tensors of a step.
     """
     for first, then in combinations(sorted(results, key=lambda op: -len(results[op])), 2):
         last = [reader for result in results[first] for reader in readers(result, MOVES)]
-        if not _found_behind(last, {then}, waits):
-            waits[then] += last
+        if not any(nx.has_path(flow, then, reader) for reader in last):
+            flow.add_edges_from((reader, then) for reader in last)
 
 
-def _sort(graph: Graph, waits: _Waits) -> None:
-    """Move every node behind all that it reads or waits for, and nothing else."""
+def _sort(graph: Graph, flow: nx.DiGraph) -> None:
+    """Move every node behind all that it follows in the flow, and nothing else."""
     waiting: defaultdict[Node, list[Node]] = defaultdict(list)
     placed: set[Node] = set()
     last: Node | None = None
@@ -295,7 +283,7 @@ def _sort(graph: Graph, waits: _Waits) -> None:
         ready = [first]
         while ready:
             node = ready.pop()
-            missing = next((n for n in (*node.all_input_nodes, *waits.get(node, ())) if n not in placed), None)
+            missing = next((n for n in flow.predecessors(node) if n not in placed), None)
             if missing is not None:
                 waiting[missing].append(node)
                 continue
@@ -321,8 +309,7 @@ class Bundle:
             return 0
         survey = Survey.of(graph)
         alone = set(absorbed(consumers, survey))
-        done = 0
-        waits: defaultdict[Node, list[Node]] = defaultdict(list)
+        made: list[dict[Node, list[Node]]] = []
         for half in (False, True):
             inside = [node for node in consumers if is_backward(node) is half]
             for bundle in list(_bundles(_members(inside, survey))):
@@ -330,9 +317,11 @@ class Bundle:
                     groups = _plan(bundle, alone, survey)
                 except Refused:
                     continue
-                results = _rewrite(graph, groups, context)
-                _use_up(results, waits)
-                done += len(results)
+                made.append(_rewrite(graph, groups, context))
+        done = sum(map(len, made))
         if done:
-            _sort(graph, waits)
+            flow = digraph(graph)
+            for results in made:
+                _use_up(results, flow)
+            _sort(graph, flow)
         return done

@@ -21,9 +21,11 @@ needs_gpu = [
 ]
 _TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not _TRITON, reason="Triton is not installed")
-# Its compiler hands operands of few tokens over through shared memory; its interpreter takes no function as a constant.
 _TRITON_3_8 = _TRITON and Version(version("triton")) >= Version("3.8")
-before_triton_3_8 = pytest.mark.skipif(_TRITON_3_8, reason="not in the way of Triton 3.8")
+before_triton_3_8 = pytest.mark.skipif(
+    _TRITON_3_8,
+    reason="Triton 3.8 compiles operands of few tokens through shared memory and interprets no function as a constant",
+)
 
 
 def interpret_apart(module: str, every: int) -> None:
