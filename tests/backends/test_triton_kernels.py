@@ -28,7 +28,7 @@ from fp4compile.backends.triton.replay import Plan
 from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
 from fp4compile.producer import FUNCTIONS
-from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
+from tests.gpu import ROOT, SM_90, SM_100, compiled, interpret_apart, needs_gpu, needs_triton, run_compiled
 from tests.helpers import left_to_the_reference
 
 CODECS = (
@@ -251,49 +251,28 @@ def test_the_interpreter_has_the_references_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-}
+def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every n-th sample of an op."""
+    monkeypatch.setattr(replay, "run", run_compiled)
+    for sample in islice(samples(op), list(KERNELS).index(op), None, every):
+        given = arguments(op, sample)
+        assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
+
+
+@needs_triton
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_is_compiled_has_the_references_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 61, monkeypatch)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_is_compiled_has_the_references_bits_on_more_samples(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 4, monkeypatch)
 
 
 Planned = tuple[launch.Launch, dict[str, Any]]
-
-
-SM_90 = 90
-SM_100 = 100  # compiled only: not run on hardware
-
-
-def compiled(planned: launch.Launch, given: Mapping[str, Any], capability: int = SM_90) -> str:
-    """The PTX of a launch for a compute capability, ten times its number."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(launch.kernels(planned.module), planned.kernel)
-    constants = {(kernel.arg_names.index(k),): v for k, v in planned.constants.items()}
-    signature, attributes = dict.fromkeys(planned.constants, "constexpr"), {}
-    for name, value in {**planned.arguments, **given}.items():
-        at = (kernel.arg_names.index(name),)
-        if value is None:
-            signature[name], constants[at] = "constexpr", None
-        elif isinstance(value, Tensor):
-            signature[name], attributes[at] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[at] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
-    options = {"num_warps": planned.num_warps, "enable_fp_fusion": False}
-    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert result.asm["cubin"]
-    return result.asm["ptx"]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
