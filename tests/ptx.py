@@ -454,23 +454,29 @@ def _reduce(name: str, operands: Sequence[str]) -> Step:
 
 
 def _matrices(name: str, operands: Sequence[str]) -> Step:
-    """Of an 8 x 8 matrix of 16-bit numbers thread n has two neighbours of row n / 4; the threads 8 i to 8 i + 7 give
-    the addresses of the rows of matrix i."""
+    """Of an 8 x 8 matrix of 16-bit numbers thread n has two neighbours of row n / 4, or of column n / 4; the threads
+    8 i to 8 i + 7 give the addresses of the rows of matrix i."""
     address, registers = operands if name.startswith("st") else reversed(operands)
     parts = _parts(registers)
-    if not name.endswith(f".sync.aligned.m8n8.x{len(parts)}.shared.b16"):
+    found = re.fullmatch(rf"(ld|st)matrix\.sync\.aligned\.m8n8\.x{len(parts)}(\.trans)?\.shared\.b16", name)
+    if not found:
         raise NotImplementedError(f"PTX instruction {name}")
+    verb, turned = found.groups()
 
     def step(threads: _Threads) -> None:
         addresses = _address(threads, address, "b32") + threads.program * np.int64(_SHARED)
-        words = threads.shared.view("u4")
+        memory = threads.shared.view("u2")
+        line, pair = threads.lane // 4, threads.lane % 4 * 2
         for number, register in enumerate(parts):
-            rows = addresses[threads.warp + 8 * number + threads.lane // 4]
-            at = rows // 4 + threads.lane % 4
-            if name.startswith("st"):
-                words[at] = threads.read(register, "b32")
+            first = threads.warp + 8 * number
+            at = [
+                addresses[first + (pair + i if turned else line)] // 2 + (line if turned else pair + i) for i in (0, 1)
+            ]
+            if verb == "st":
+                words = threads.read(register, "b32")
+                memory[at[0]], memory[at[1]] = words & 0xFFFF, words >> 16
             else:
-                threads.write(register, words[at])
+                threads.write(register, memory[at[0]] | memory[at[1]].astype("u4") << 16)
 
     return step
 
@@ -503,9 +509,10 @@ def _parsed(code: str) -> tuple[list[tuple[str, bool, Step | str | None]], dict[
         if statement.endswith(":"):
             labels[statement[:-1]] = len(steps)
             continue
-        found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.]+)\s*(.*);", statement, re.DOTALL)
+        found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*);", statement, re.DOTALL)
         assert found, statement
         negated, predicate, name, rest = found.groups()
+        name = name.replace("::cta", "")
         operands = [operand.strip() for operand in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)]
         steps.append((predicate or "", bool(negated), _step(name, operands)))
     return steps, labels
