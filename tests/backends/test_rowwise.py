@@ -1,6 +1,7 @@
 """E2M1 operands as FP8 in rows: what the oracle promises, and the Triton kernels against it.
 
-Without a GPU the interpreter runs some of the ops' samples and every kind of kernel is compiled for sm_90.
+Without a GPU the interpreter runs some of the ops' samples, that of PTX some as they are compiled for sm_90, and
+every kind of kernel is compiled.
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ def interpret_exact() -> None:
 
 @needs_triton
 def test_the_interpreter_has_the_oracles_bits() -> None:
-    interpret_apart(__name__, 17)
+    interpret_apart(__name__, 41)
 
 
 @needs_triton
@@ -354,7 +355,7 @@ def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> N
 @needs_triton
 @pytest.mark.parametrize("op", OPERATORS)
 def test_what_is_compiled_has_the_oracles_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_some_compiled(op, 17, monkeypatch)
+    run_some_compiled(op, 30, monkeypatch)
 
 
 @needs_triton
