@@ -21,6 +21,8 @@ from fp4compile.backends.triton.arithmetic import (
     INF,
     INTERPRETED,
     SIGN,
+    columns,
+    columns_to_lanes,
     e8m0_exponent,
     from_bits,
     hadamard,
@@ -70,21 +72,11 @@ def _elements(
     COLUMNS: tl.constexpr,
     EVERY: tl.constexpr,
 ):
-    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [K, L].
-
-    Triton hands neighbours in memory to a thread, which reads them at once, then to other threads, then whole rows to
-    other threads, and the last of the rows that are left to a thread's registers: those are LOW elements of a column.
-    """
+    """(lane, k) of the elements of a tile, every EVERY-th in memory order: of [L, K], or as `columns` has them."""
     if COLUMNS:
-        row = tl.arange(0, K)
-        lane += EVERY * tl.arange(0, L // EVERY)[None, None, :]
-        if EVERY == 1:
-            lane = tl.max_contiguous(lane, [1, 1, VECTOR])
-        k += (row % (K // LOW) * LOW + row // (K // LOW))[None, :, None]
+        return columns(lane, k, L, K, LOW, VECTOR, EVERY)
     else:
-        lane += tl.arange(0, L)[:, None]
-        k += EVERY * tl.arange(0, K // EVERY)[None, :]
-    return lane, k
+        return lane + tl.arange(0, L)[:, None], k + EVERY * tl.arange(0, K // EVERY)[None, :]
 
 
 @triton.jit
@@ -100,7 +92,7 @@ def _index(batch, lane, k, lanes, size, COLUMNS: tl.constexpr):
 def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile as `_elements` orders it -> [L, K]."""
     if COLUMNS:
-        x = tl.permute(x.reshape([LOW, K // LOW, L]), (2, 1, 0)).reshape([L, K])
+        x = columns_to_lanes(x, L, K, LOW).reshape([L, K])
     return x
 
 
