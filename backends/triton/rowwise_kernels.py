@@ -253,17 +253,15 @@ def _random(
     L: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """2**24 u for u in [0, 1) and a tile, [L, NB, BLOCK]. ALIGNED: four elements in a row share a counter."""
     EVERY: tl.constexpr = 4 if ALIGNED else 1
-    if COLUMNS:
-        lane, k = columns(lane, k, L, K, BLOCK, VECTOR, EVERY)
-    else:
-        lane, k = lane + tl.arange(0, L)[:, None], k + EVERY * tl.arange(0, K // EVERY)[None, :]
+    ACROSS: tl.constexpr = EVERY if COLUMNS else 1
+    lane += ACROSS * tl.arange(0, L // ACROSS)[:, None]
+    k += EVERY // ACROSS * tl.arange(0, K * ACROSS // EVERY)[None, :]
     index = _offset(lane, k, row_stride, COLUMNS)
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
@@ -271,7 +269,8 @@ def _random(
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     words = (words >> 8).to(tl.int32).to(tl.float32)
-    return columns_to_lanes(words, L, K, BLOCK) if COLUMNS else words.reshape([L, K // BLOCK, BLOCK])
+    words = tl.permute(words.reshape([L // ACROSS, K, ACROSS]), (0, 2, 1)) if COLUMNS else words
+    return words.reshape([L, K // BLOCK, BLOCK])
 
 
 @triton.jit
@@ -390,7 +389,7 @@ def _quantize_axis(
         if STOCHASTIC:
             stride = lanes if COLUMNS else padded
             u = _random(
-                lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, VECTOR, COLUMNS, ALIGNED, WIDE
+                lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, COLUMNS, ALIGNED, WIDE
             )  # fmt: skip
         q = _round(x, u, inverse[:, :, None], one[:, :, None], STOCHASTIC)
 
