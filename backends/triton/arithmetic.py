@@ -4,6 +4,7 @@
     fp32 and its bits    to_bits, from_bits, pow2, rounded, maximum
     rounding to a grid   nearest_multiple, next_multiple
     random numbers       philox, in_turn
+    a tile of columns    columns, columns_to_lanes
     a transform          hadamard
     the scale of E8M0    e8m0_exponent
 
@@ -138,6 +139,39 @@ def philox(counter, seed, counter_stream, WIDE: tl.constexpr):
 def in_turn(w0, w1, w2, w3):
     """[..., n] four times -> [..., n, 2, 2]: w0, w1, w2, w3 of the first, then of the second, …"""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+# --- a tile of columns -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns(
+    lane,
+    k,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    LOW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVERY: tl.constexpr,
+):
+    """(lane, k) of every EVERY-th element in memory of K rows of L lanes: [1, 1, L // EVERY], [1, K, 1].
+
+    Triton hands VECTOR neighbours to a thread, which reads them at once, all others of a row to other threads, then
+    whole rows, as far as there are threads; the other rows are left to a thread's registers. Rows are in such an order
+    that these are LOW elements of a lane in a row. The first dimension tells the tile from one of rows that a program
+    reads as well, which would be given the same vectors.
+    """
+    row = tl.arange(0, K)
+    lane += EVERY * tl.arange(0, L // EVERY)[None, None, :]
+    if EVERY == 1:
+        lane = tl.max_contiguous(lane, [1, 1, VECTOR])
+    return lane, k + (row % (K // LOW) * LOW + row // (K // LOW))[None, :, None]
+
+
+@triton.jit
+def columns_to_lanes(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr):
+    """A tile as `columns` orders it -> [L, K // LOW, LOW]."""
+    return tl.permute(x.reshape([LOW, K // LOW, L]), (2, 1, 0))
 
 
 # --- the Hadamard transform ------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from fp4compile.backends.triton.arithmetic import (
     INF,
     INTERPRETED,
     SIGN,
+    columns,
+    columns_to_lanes,
     e8m0_exponent,
     from_bits,
     hadamard,
@@ -70,17 +72,11 @@ def _elements(
     COLUMNS: tl.constexpr,
     EVERY: tl.constexpr,
 ):
-    """(lane, k) of the elements of a tile, every EVERY-th in memory order: [L, K] or [L // V, K // LOW, LOW, V]."""
+    """(lane, k) of the elements of a tile, every EVERY-th in memory order: of [L, K], or as `columns` has them."""
     if COLUMNS:
-        # Triton hands the last dimension to a thread, which reads it at once, then the first ones to other threads:
-        # the third, LOW elements of a column, is left to a thread's registers.
-        V: tl.constexpr = VECTOR if EVERY == 1 else 1
-        lane += V * EVERY * tl.arange(0, L // (V * EVERY))[:, None, None, None] + tl.arange(0, V)[None, None, None, :]
-        k += LOW * tl.arange(0, K // LOW)[None, :, None, None] + tl.arange(0, LOW)[None, None, :, None]
+        return columns(lane, k, L, K, LOW, VECTOR, EVERY)
     else:
-        lane += tl.arange(0, L)[:, None]
-        k += EVERY * tl.arange(0, K // EVERY)[None, :]
-    return lane, k
+        return lane + tl.arange(0, L)[:, None], k + EVERY * tl.arange(0, K // EVERY)[None, :]
 
 
 @triton.jit
@@ -93,10 +89,10 @@ def _index(batch, lane, k, lanes, size, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile as `_elements` orders it -> [L, K]."""
     if COLUMNS:
-        x = tl.permute(x, (0, 3, 1, 2)).reshape([L, K])
+        x = columns_to_lanes(x, L, K, LOW).reshape([L, K])
     return x
 
 
@@ -104,7 +100,7 @@ def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
 def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `_to_lanes`."""
     if COLUMNS:
-        x = tl.permute(x.reshape([L // VECTOR, VECTOR, K // LOW, LOW]), (0, 2, 3, 1))
+        x = tl.permute(x.reshape([L, K // LOW, LOW]), (2, 1, 0)).reshape([1, K, L])
     return x
 
 
@@ -127,7 +123,7 @@ def _load(
     lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 1)
     pointers = x_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
     x = tl.load(pointers) if EVEN else tl.load(pointers, mask=(lane < lanes) & (k < size), other=0.0)
-    return _to_lanes(x.to(tl.float32), L, K, COLUMNS)
+    return _to_lanes(x.to(tl.float32), L, K, LOW, COLUMNS)
 
 
 @triton.jit
@@ -190,7 +186,7 @@ def _read(
         (x,) = _produced(
             x_ptr, p1, p2, p3, p4, width, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
         )  # fmt: skip
-        return _to_lanes(x, L, K, COLUMNS)
+        return _to_lanes(x, L, K, LOW, COLUMNS)
 
 
 @triton.jit
@@ -244,11 +240,11 @@ def _uniform(
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
         words = in_turn(w0, w1, w2, w3)
-        words = words.reshape([L // 4, K // LOW, LOW, 4]) if COLUMNS else words.reshape([L, K])
+        words = words.reshape([1, K, L] if COLUMNS else [L, K])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
-    return _to_lanes((words >> 8).to(tl.int32).to(tl.float32), L, K, COLUMNS)
+    return _to_lanes((words >> 8).to(tl.int32).to(tl.float32), L, K, LOW, COLUMNS)
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -746,7 +742,7 @@ def fake_quantize_each(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
     for i in tl.static_range(len(made)):
-        x = _to_lanes(made[i], L, K, COLUMNS)
+        x = _to_lanes(made[i], L, K, LOW, COLUMNS)
         _fake_quantise(
             x, (y_0_ptr, y_1_ptr, y_2_ptr)[i], (ts_0_ptr, ts_1_ptr, ts_2_ptr)[i], None, None,
             batch, lane, k, lanes, size, 0, 0, up_from, k_max, s_max,
@@ -1016,7 +1012,7 @@ def amax_each(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
     for i in tl.static_range(len(made)):
-        x = _to_lanes(made[i], L, K, COLUMNS)
+        x = _to_lanes(made[i], L, K, LOW, COLUMNS)
         tl.store(partial_ptr + i * tl.num_programs(0) + tl.program_id(0), _largest_finite(x))
 
 

@@ -19,6 +19,8 @@ from fp4compile.backends.triton.arithmetic import (
     INF,
     INTERPRETED,
     SIGN,
+    columns,
+    columns_to_lanes,
     e8m0_exponent,
     from_bits,
     hadamard,
@@ -183,61 +185,56 @@ def window(
 def _positions(
     lane, k, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """(lane, k) of every VECTOR-th element of a tile: [L // V, NB, BLOCK, 1], in rows [L * NB, BLOCK // V, 1].
+    """(lane, k) of the elements of a tile: as `columns` has them, of rows [BLOCK // VECTOR * L * NB, VECTOR].
 
-    Vectors run along memory. Triton hands the last dimension to a thread, then the first ones to other threads: what
-    is in between, the rest of a block, is left to the thread's registers.
+    A thread reads a vector along memory at once. Of the rest the first are handed to other threads, so that the last,
+    the others of a block, are left to its registers.
     """
-    NB: tl.constexpr = K // BLOCK
     if COLUMNS:
-        lane += VECTOR * tl.arange(0, L // VECTOR)[:, None, None, None]
-        k += BLOCK * tl.arange(0, NB)[None, :, None, None] + tl.arange(0, BLOCK)[None, None, :, None]
+        return columns(lane, k, L, K, BLOCK, VECTOR, 1)
     else:
-        at = tl.arange(0, L * NB)[:, None, None]
-        lane += at // NB
-        k += BLOCK * (at % NB) + VECTOR * tl.arange(0, BLOCK // VECTOR)[None, :, None]
-    return lane, k
+        NB: tl.constexpr = K // BLOCK
+        at = tl.arange(0, L * K // VECTOR)[:, None]
+        k += at % NB * BLOCK + at // (L * NB) * VECTOR + tl.arange(0, VECTOR)[None, :]
+        return lane + at // NB % L, k
 
 
 @triton.jit
-def _in_vectors(lane, k, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
-    """`_positions` of all elements of the vectors."""
+def _by_blocks(x, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile as it is loaded -> [BLOCK, NB, L], in rows [BLOCK // VECTOR, L * NB, VECTOR]."""
     if COLUMNS:
-        lane += tl.arange(0, VECTOR)[None, None, None, :]
+        return x.reshape([BLOCK, K // BLOCK, L])
     else:
-        k += tl.arange(0, VECTOR)[None, None, :]
-    return lane, k
+        return x.reshape([BLOCK // VECTOR, L * (K // BLOCK), VECTOR])
 
 
 @triton.jit
-def _to_blocks(x, L: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile as it is loaded -> [L, NB, BLOCK]."""
+def _to_blocks(x, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile by blocks -> [L, NB, BLOCK]."""
     if COLUMNS:
-        x = tl.permute(x, (0, 3, 1, 2))
-    return x.reshape([L, NB, BLOCK])
+        return columns_to_lanes(x, L, K, BLOCK)
+    else:
+        return tl.permute(x, (1, 0, 2)).reshape([L, K // BLOCK, BLOCK])
 
 
 @triton.jit
-def _of_blocks(x, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
-    """Numbers of blocks [L, NB] against a tile as it is loaded."""
-    L: tl.constexpr = x.shape[0]
-    NB: tl.constexpr = x.shape[1]
+def _of_blocks(x, COLUMNS: tl.constexpr):
+    """Numbers of blocks [L, NB] against a tile by blocks."""
     if COLUMNS:
-        return tl.permute(x.reshape([L // VECTOR, VECTOR, NB]), (0, 2, 1))[:, :, None, :]
+        return tl.permute(x, (1, 0))[None, :, :]
     else:
-        return x.reshape([L * NB])[:, None, None]
+        return x.reshape([x.shape[0] * x.shape[1]])[None, :, None]
 
 
 @triton.jit
 def _amax_of_pairs(x, L: tl.constexpr, NB: tl.constexpr, COLUMNS: tl.constexpr):
-    """The bits, as fp32, of the largest magnitudes of blocks [L, NB] of a bf16 tile as it is loaded."""
-    if COLUMNS:
-        pair = tl.reduce(_magnitudes(x), 2, _larger_pair)  # [L // V, NB, V // 2]
-        bits = tl.permute(tl.join(pair << 16, pair & -0x10000), (0, 2, 3, 1))
-    else:
-        pair = tl.reduce(tl.reduce(_magnitudes(x), 2, _larger_pair), 1, _larger_pair)
-        bits = tl.maximum(pair << 16, pair & -0x10000)
-    return bits.reshape([L, NB])
+    """The bits, as fp32, of the largest magnitudes of blocks [L, NB] of a bf16 tile by blocks."""
+    pair = tl.reduce(_magnitudes(x), 0, _larger_pair)
+    if COLUMNS:  # [NB, L // 2]
+        return tl.permute(tl.join(pair << 16, pair & -0x10000).reshape([NB, L]), (1, 0))
+    else:  # [L * NB, VECTOR // 2]
+        pair = tl.reduce(pair, 1, _larger_pair)
+        return tl.maximum(pair << 16, pair & -0x10000).reshape([L, NB])
 
 
 @triton.jit
@@ -256,25 +253,24 @@ def _random(
     L: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """2**24 u for u in [0, 1) and a tile, [L, NB, BLOCK]. ALIGNED: four elements in a row share a counter."""
-    if ALIGNED:
-        lane, k = _positions(lane, k, L, K, BLOCK, 4, COLUMNS)
-    else:
-        lane, k = _positions(lane, k, L, K, BLOCK, VECTOR, COLUMNS)
-        lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
+    EVERY: tl.constexpr = 4 if ALIGNED else 1
+    ACROSS: tl.constexpr = EVERY if COLUMNS else 1
+    lane += ACROSS * tl.arange(0, L // ACROSS)[:, None]
+    k += EVERY // ACROSS * tl.arange(0, K * ACROSS // EVERY)[None, :]
     index = _offset(lane, k, row_stride, COLUMNS)
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
     if ALIGNED:
         words = in_turn(w0, w1, w2, w3)
-        words = words.reshape([L // 4, K // BLOCK, BLOCK, 4]) if COLUMNS else words.reshape([L, K // BLOCK, BLOCK])
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
-    return _to_blocks((words >> 8).to(tl.int32).to(tl.float32), L, K // BLOCK, BLOCK, COLUMNS)
+    words = (words >> 8).to(tl.int32).to(tl.float32)
+    words = tl.permute(words.reshape([L // ACROSS, K, ACROSS]), (0, 2, 1)) if COLUMNS else words
+    return words.reshape([L, K // BLOCK, BLOCK])
 
 
 @triton.jit
@@ -359,14 +355,14 @@ def _quantize_axis(
     NB: tl.constexpr = K // BLOCK
     PAIRS: tl.constexpr = BF16 and not (STOCHASTIC or HADAMARD or INTERPRETED)  # which has no assembly
     lane, k = _positions(lane0, k0, L, K, BLOCK, VECTOR, COLUMNS)
-    lane, k = _in_vectors(lane, k, VECTOR, COLUMNS)
     index = _offset(lane, k, lanes if COLUMNS else size, COLUMNS)
     if COLUMNS:
         x = _read(x_ptr, p1, p2, p3, p4, index, k, lane, size, lanes, EVEN, PRODUCE)
     else:
         x = _read(x_ptr, p1, p2, p3, p4, index, lane, k, lanes, size, EVEN, PRODUCE)
+    x = _by_blocks(x, L, K, BLOCK, VECTOR, COLUMNS)
     loaded = x.to(tl.bfloat16)
-    x = _to_blocks(x, L, NB, BLOCK, COLUMNS)
+    x = _to_blocks(x, L, K, BLOCK, COLUMNS)
     if HADAMARD:
         x = x.reshape([L, K])
         if SIGNS is None:
@@ -386,14 +382,14 @@ def _quantize_axis(
     # A NaN takes the same way as every number.
     inverse, one = tl.where(bad, float("nan"), inverse), tl.where(bad, float("nan"), one)
     if PAIRS:
-        inverse, one = _of_blocks(inverse, VECTOR, COLUMNS), _of_blocks(one, VECTOR, COLUMNS)
-        q = _to_blocks(_round_pairs(loaded, inverse, one), L, NB, BLOCK, COLUMNS)
+        q = _round_pairs(loaded, _of_blocks(inverse, COLUMNS), _of_blocks(one, COLUMNS))
+        q = _to_blocks(q, L, K, BLOCK, COLUMNS)
     else:
         u = x
         if STOCHASTIC:
             stride = lanes if COLUMNS else padded
             u = _random(
-                lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, VECTOR, COLUMNS, ALIGNED, WIDE
+                lane0, k0, stride, seed_ptr, counter_stream, L, K, BLOCK, COLUMNS, ALIGNED, WIDE
             )  # fmt: skip
         q = _round(x, u, inverse[:, :, None], one[:, :, None], STOCHASTIC)
 

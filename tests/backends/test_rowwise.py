@@ -33,6 +33,7 @@ from tests.backends.test_triton_kernels import (
     arguments,
     assert_exact,
     assert_same,
+    assert_stays_in_registers,
     meta,
     moved,
 )
@@ -455,6 +456,14 @@ def test_quantisation_compiles_for_sm_90_without_approximations(
     ptx = compiled(*launches[-1])
     assert ("fma.rn.bf16x2" in ptx, "fma.rp.f32" in ptx) == (nearest, not nearest)
     assert ("e5m2x2" in ptx, "e4m3x2" in ptx) == (e5m2, not e5m2)
+
+
+@needs_triton
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_tiles_stay_in_registers(axes: tuple[int, ...]) -> None:
+    wanted = tuple((axis, HOW["nearest"]) for axis in axes)
+    planned, given = rowwise.plan_rows(meta(8192, 14336), "mxfp4", wanted, None, None)[0][-1]
+    assert_stays_in_registers(planned, given, planned.constants["TILE0"] * planned.constants["TILE1"])
 
 
 @needs_triton

@@ -380,6 +380,25 @@ def test_one_correction_divides_by_numbers_of_few_bits(divisor: float) -> None:
         assert (fused(fused(-q, b, a), reciprocal, q) == a / b).all()
 
 
+def assert_stays_in_registers(planned: launch.Launch, given: Mapping[str, Any], elements: int) -> None:
+    """Threads exchange fewer words than each holds elements: a few maxima. How Triton lays a tile out, on which that
+    depends, has changed between its releases."""
+    ptx = compiled(planned, given)
+    assert ptx.count("shfl.sync") + ptx.count("st.shared") < elements // (32 * planned.num_warps)
+
+
+@needs_triton
+@pytest.mark.parametrize("format", NAMES)
+def test_columns_stay_in_registers(format: str) -> None:
+    x = meta(8192, 14336)
+    for planned, given in codec.plan_fake_quantize(**_fake(format, 0, x))[0]:
+        assert_stays_in_registers(planned, given, planned.constants["L"] * planned.constants["K"])
+    for planned, given in both(x, format):
+        assert_stays_in_registers(planned, given, planned.constants["ROWS"] * planned.constants["COLUMNS"])
+    for planned, given in each(format, 0):
+        assert_stays_in_registers(planned, given, 3 * planned.constants["L"] * planned.constants["K"])
+
+
 @needs_triton
 @pytest.mark.parametrize("name", ["hif4 rows", "mxfp4 columns", "nvfp4 squares", "hif4 both", "decoding"])
 def test_compiles_for_sm_100_without_approximations(name: str) -> None:
