@@ -8,13 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from fp4compile.backends.triton import launch
@@ -26,13 +24,7 @@ needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not _TRITON, reason="Triton is not installed")
-_TRITON_3_8 = _TRITON and Version(version("triton")) >= Version("3.8")
-before_triton_3_8 = pytest.mark.skipif(
-    _TRITON_3_8,
-    reason="Triton 3.8 compiles operands of few tokens through shared memory",
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def interpret_apart(module: str, every: int) -> None:

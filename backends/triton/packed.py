@@ -44,7 +44,7 @@ _HOPPER_KERNELS = "packed_hopper_kernels"
 _RUNS = {"many_tokens": 64, "overlapped": 128}  # columns that `arrange` reorders together
 _OVERLAPS = (9, 0)  # the least capability of devices that overlap launches
 _HOPPER = 9  # its major number
-_GLUON = ("3.6", "3.7")  # versions of Triton whose Gluon compiles `overlapped`
+_GLUON = ("3.6", "3.7", "3.8")  # versions of Triton whose Gluon compiles `overlapped`
 # The rows of `arrange` and its columns per program: a few microseconds at most, nothing to tune.
 _ARRANGE = {"ROWS": 4, "BK": 512}
 

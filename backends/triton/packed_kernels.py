@@ -308,15 +308,18 @@ def _finish(
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-# The order of a contraction on registers: a pair of each of four neighbouring words, which lie in four threads, beside
-# the next pair of the same words; then the other half of the words. A thread's pairs then lie where mma.sync reads
-# them. How far apart a thread's elements lie follows from the narrowest type that is loaded: 8 bits for scales alone.
+# The order of a contraction on registers: pairs of each of four neighbouring words, which lie in four threads, so that
+# a thread's pairs lie where mma.sync reads them. How many elements of a thread Triton wants beside each other follows
+# from the narrowest type that is loaded: four, and eight where that is 8 bits, of scales alone. From 3.8 on it is two.
+_PAIRS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @triton.jit
-def _ordered_left(w, ROWS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr):
+def _ordered_left(w, ROWS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BESIDE: tl.constexpr):
     """[ROWS, COLS, word, j % 2, element of a pair, j // 2] -> [ROWS, COLS, BK]."""
-    if BYTES:
+    if BESIDE == 2:
+        w = tl.permute(w.reshape([ROWS, COLS, BK // 32, 4, 2, 2, 2]), (0, 1, 2, 4, 6, 3, 5))
+    elif BESIDE == 8:
         w = tl.permute(w.reshape([ROWS, COLS, BK // 64, 2, 4, 2, 2, 2]), (0, 1, 2, 5, 4, 3, 7, 6))
     else:
         w = tl.permute(w.reshape([ROWS, COLS, BK // 32, 4, 2, 2, 2]), (0, 1, 2, 4, 3, 6, 5))
@@ -324,9 +327,11 @@ def _ordered_left(w, ROWS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, B
 
 
 @triton.jit
-def _ordered_right(x, ROWS: tl.constexpr, TOKENS: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr):
+def _ordered_right(x, ROWS: tl.constexpr, TOKENS: tl.constexpr, BK: tl.constexpr, BESIDE: tl.constexpr):
     """[ROWS, run of 32, TOKENS, 32] -> [ROWS, BK, TOKENS]."""
-    if BYTES:
+    if BESIDE == 2:
+        x = tl.permute(x.reshape([ROWS, BK // 32, TOKENS, 4, 2, 2, 2]), (0, 1, 5, 4, 3, 6, 2))
+    elif BESIDE == 8:
         x = tl.permute(x.reshape([ROWS, BK // 64, 2, TOKENS, 4, 2, 2, 2]), (0, 1, 6, 4, 2, 5, 7, 3))
     else:
         x = tl.permute(x.reshape([ROWS, BK // 32, TOKENS, 4, 2, 2, 2]), (0, 1, 5, 3, 4, 6, 2))
@@ -421,6 +426,7 @@ def few_tokens(
     x_at = x_ptr + token.to(tl.int64) * x_stride + k
     tokens = token < M
     at = _loaded(codes_ptr, -units, 4)[None, None, :]
+    BESIDE: tl.constexpr = 2 if _PAIRS else 8 if UNIT < 64 and BLOCK == UNIT else 4
     acc = tl.zeros([WARPS, BN, BM], tl.float32)
     for _ in tl.range(0, steps, num_stages=STAGES):
         if EVEN:
@@ -432,8 +438,8 @@ def few_tokens(
         left, right = _factors(stored.reshape([WARPS * BN, UNITS]), at, WARPS * BN, BK, BLOCK, UNIT, SCALING, PLAIN)
         first = _quad(codes, left.reshape([WARPS, BN, KW]), 0, ELEMENT, SCALING, PLAIN)
         second = _quad(codes, right.reshape([WARPS, BN, KW]), 1, ELEMENT, SCALING, PLAIN)
-        w = _ordered_left(tl.join(first, second), WARPS, BN, BK, UNIT < 64 and BLOCK == UNIT)
-        x = _ordered_right(x.to(w.dtype), SLICES, TOKENS, BK, UNIT < 64 and BLOCK == UNIT)[None, :, :, None, :]
+        w = _ordered_left(tl.join(first, second), WARPS, BN, BK, BESIDE)
+        x = _ordered_right(x.to(w.dtype), SLICES, TOKENS, BK, BESIDE)[None, :, :, None, :]
         x = tl.broadcast_to(x, [GROUPS, SLICES, BK, BM // TOKENS, TOKENS]).reshape([WARPS, BK, BM])
         acc = tl.dot(w, x, acc, "ieee")
         codes_at += KW

@@ -26,7 +26,7 @@ from fp4compile.backends.triton.packed import CUTS, Cut
 from fp4compile.codec import tensor_scale
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
-from tests.gpu import before_triton_3_8, interpret_apart, needs_gpu, needs_triton
+from tests.gpu import interpret_apart, needs_gpu, needs_triton
 
 NAMES = ("hif4", "mxfp4", "nvfp4")
 (KERNEL,) = (kernel for kernel in table.KERNELS if kernel.name == "triton/packed_mm")
@@ -383,7 +383,6 @@ def compiled(cut: Cut, format: str, m: int, capability: int = 90, experts: int =
 
 
 @needs_triton
-@before_triton_3_8
 @pytest.mark.parametrize("format", NAMES)
 @pytest.mark.parametrize("most", CUTS)
 def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str) -> None:
@@ -398,7 +397,6 @@ def test_codes_reach_the_tensor_cores_without_an_exchange(most: int, format: str
 
 
 @needs_triton
-@before_triton_3_8
 @pytest.mark.parametrize("format", NAMES)
 def test_groups_take_no_exchange_either(format: str) -> None:
     _, cut = packed.cuts(8, 4096, format, on_hopper=False)[0]
