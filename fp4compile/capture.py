@@ -29,6 +29,7 @@ class Frame:
 
     Attributes:
         parameters: input position -> name of the parameter.
+        buffers: the same of buffers.
         embeddings: names of parameters that are embedding tables.
         depths: path of each list of blocks -> its length.
         root: the module whose forward was traced, if there is one.
@@ -38,6 +39,7 @@ class Frame:
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
+    buffers: dict[int, str] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     depths: dict[str, int] = field(default_factory=dict)
     root: nn.Module | None = None
@@ -111,12 +113,14 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
         index: clean_path(known.get(id(example), "")) or clean_path(_source(node)) or str(node.target)
         for index, node, example in inputs
     }
+    sources = {i: _source(n) for i, n in enumerate(placeholders) if i not in parameters}
+    buffers = {i: clean_path(source) for i, source in sources.items() if "._buffers[" in source}
     modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
     depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
     untracked = _untracked(modules.values(), [example for _, _, example in inputs])
-    return Frame(parameters, embeddings, depths, root, session, untracked, _differentiates(graph_module))
+    return Frame(parameters, buffers, embeddings, depths, root, session, untracked, _differentiates(graph_module))
 
 
 def _differentiates(graph_module: GraphModule) -> str:
@@ -139,7 +143,7 @@ def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor])
 
 
 def graph_parameters(graph: Graph, parameters: dict[int, str]) -> dict[Node, str]:
-    """Placeholders of an AOTAutograd graph that stand for parameters of the Dynamo graph it was made from."""
+    """Placeholders of an AOTAutograd graph that stand for inputs, by position, of the Dynamo graph it was made from."""
     found = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         description = node.meta.get("desc")

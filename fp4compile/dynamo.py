@@ -203,6 +203,7 @@ def rewriter(
         if owner is None:
             owner = GraphModule(torch.nn.Module(), graph)
         context.parameters = graph_parameters(graph, where.parameters)
+        context.buffers = set(graph_parameters(graph, where.buffers))
         pipeline.run(owner, context)
         done(context)
 

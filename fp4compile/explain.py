@@ -51,6 +51,7 @@ class _Explainer:
         def rewrite(captured: GraphModule) -> None:
             copied = copy_graph(captured)
             context.parameters = graph_parameters(copied.graph, where.parameters)
+            context.buffers = set(graph_parameters(copied.graph, where.buffers))
             if self.observe:
                 self.observe(None, copied.graph, context)
             self.pipeline.run(copied, context, self.observe)

@@ -34,6 +34,7 @@ class Context:
     Attributes:
         recipe, backend, device, strict: what the user asked for.
         parameters: inputs of the graph that are parameters, with their names.
+        buffers: inputs of the graph that are buffers of modules.
         embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
         routers: names of parameters that choose experts: GEMMs with them give router logits.
         depths: number of blocks of each repeated block list, by its path ("model.layers" -> 32).
@@ -51,6 +52,7 @@ class Context:
     device: str = "cpu"
     strict: bool = True
     parameters: dict[Node, str] = field(default_factory=dict)
+    buffers: set[Node] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     routers: set[str] = field(default_factory=set)
     depths: dict[str, int] = field(default_factory=dict)

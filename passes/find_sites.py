@@ -23,7 +23,7 @@ class FindSites:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        context.sites = find_sites(graph, context.parameters)
+        context.sites = find_sites(graph, context.parameters, context.buffers)
         for site in context.sites:
             site.flops = flops(site)
         unknown = sum(runs_on_data(site) for site in context.sites)
