@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.eager_transforms import _autograd_grad
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp4compile.graph import clean_path
@@ -36,6 +39,8 @@ class Frame:
         session: the object that stands for one `torch.compile` call; graphs of one model share it.
         untracked: why a change of a parameter may go unnoticed; empty where none does.
         differentiates: what takes gradients within the graph; empty where nothing does.
+        model: the module that was compiled, if a module was.
+        prefix: where the root lies in it: a path, or a glob where its graph may serve several modules of one class.
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
@@ -46,6 +51,8 @@ class Frame:
     session: object = None
     untracked: str = ""
     differentiates: str = ""
+    model: nn.Module | None = None
+    prefix: str = ""
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
@@ -92,6 +99,31 @@ def _traced(sources: Iterable[str]) -> tuple[nn.Module | None, object]:
     return root, getattr(owner, "backend_compile_fn", output.compiler_fn)
 
 
+def _compiled_model() -> nn.Module | None:
+    """The module whose call is being compiled: Dynamo compiles within that call."""
+    caller = inspect.currentframe()
+    while caller is not None:
+        owner = caller.f_locals.get("self")
+        if isinstance(owner, OptimizedModule):
+            inner: nn.Module = owner._orig_mod
+            return inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if isinstance(owner, nn.Module) and owner._compiled_call_impl is not None:
+            return owner
+        caller = caller.f_back
+    return None
+
+
+def _prefix(root: nn.Module | None, model: nn.Module | None) -> str:
+    """The path of a module in a model, with a `*` for what differs between those of its class."""
+    places = dict(model.named_modules()) if model is not None else {}
+    if root is None or root is model or all(module is not root for module in places.values()):
+        return ""
+    parts = [clean_path(name).split(".") for name, module in places.items() if type(module) is type(root)]
+    if len({len(part) for part in parts}) > 1:
+        return "*"
+    return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
+
+
 def _source(placeholder: Node) -> str:
     """Where Dynamo reads an input from: `L['self']._modules['proj']._parameters['weight']`."""
     name = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
@@ -120,7 +152,19 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
     depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
     untracked = _untracked(modules.values(), [example for _, _, example in inputs])
-    return Frame(parameters, buffers, embeddings, depths, root, session, untracked, _differentiates(graph_module))
+    model = _compiled_model()
+    return Frame(
+        parameters,
+        buffers,
+        embeddings,
+        depths,
+        root,
+        session,
+        untracked,
+        _differentiates(graph_module),
+        model,
+        _prefix(root, model),
+    )
 
 
 def _differentiates(graph_module: GraphModule) -> str:

@@ -286,6 +286,57 @@ def test_the_report_merges_the_graphs_of_one_model() -> None:
     assert len(report.sites) == 6
 
 
+class _Loop(nn.Module):
+    """A graph break in a loop: Dynamo leaves such a function to Python as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+class _Parts(nn.Module):
+    """A layer, two modules of one class that Dynamo makes a graph of each, and a function that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks, self.loop = nn.Linear(32, 32), nn.ModuleList(_Broken() for _ in range(2)), _Loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.loop(x)
+
+
+def test_the_report_of_a_model_in_pieces_knows_their_places() -> None:
+    """A graph of a block serves those of its class; what no graph holds is refused."""
+    model = compiled(build(_Parts))
+    step(model, randn(5, 32))
+    report = fp4compile.last_report()
+    blocks = {f"blocks.*.{name}" for name in ("before", "after")}
+    assert {s.path: s.status for s in report.sites if s.role == "forward"} == {
+        **dict.fromkeys(blocks, "fp4"),
+        **dict.fromkeys(("first", "loop.layers.0", "loop.layers.1"), "refused"),
+    }
+    assert {s.parameter for s in report.sites if s.status == "fp4"} == {f"{path}.weight" for path in blocks}
+    assert blocks == {name.removesuffix(".weight") for name in report.weights}
+
+
+def test_a_model_without_a_graph_is_told_from_the_one_before() -> None:
+    note = "what was compiled since the last graph and has none is not in this report"
+    step(compiled(build(Mlp)), randn(13, 70))
+    assert note not in fp4compile.last_report().notes
+    step(compiled(build(_Loop)), randn(5, 32))
+    assert note in fp4compile.last_report().notes
+    assert any("a function is no graph at all" in each for each in fp4compile.last_report().notes)
+
+
 def test_a_recompilation_does_not_double_the_sites() -> None:
     model = compiled(build(Mlp))
     step(model, randn(13, 70))
