@@ -73,6 +73,9 @@ FUSED_LAYERS: Mapping[Any, str] = {
 # Modules whose GEMMs give activations, also those of learned tokens.
 _LAYERS = (nn.Linear, nn.MultiheadAttention)
 
+# Ops that count: positions are made of them.
+_COUNTS = {torch.ops.prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
+
 # Ops that pick matrices out of a stack.
 _GATHERS = {aten.index.Tensor, aten.index_select.default}
 
@@ -256,15 +259,18 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str], buffers: Container[N
     tensors = [n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n)]
     on_data = {n for n in tensors if n not in parameters and n not in buffers}
     weights = dict(parameters)
+    positions: set[Node] = set()
     for node in graph.nodes:  # in topological order
         if node.op != "call_function":
             continue
-        if any(source in on_data for source in node.all_input_nodes) or _applies_weight(node, weights):
+        if any(source in on_data for source in node.all_input_nodes) or _applies_weight(node, weights, positions):
             on_data.add(node)
             continue
         name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
         if name is not None:
             weights[node] = name
+        elif node.target in _COUNTS or any(source in positions for source in node.all_input_nodes):
+            positions.add(node)
     backward = _reachable(digraph(graph), [n for n in tensors if is_tangent(n)])
     for node in graph.nodes:
         if (
@@ -277,14 +283,17 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str], buffers: Container[N
     return Flow(weights, backward)
 
 
-def _applies_weight(node: Node, weights: Mapping[Node, str]) -> bool:
-    """Whether a GEMM with a weight is that of a layer: a module's that is known for it, or one with a bias.
+def _applies_weight(node: Node, weights: Container[Node], positions: Container[Node]) -> bool:
+    """Whether a GEMM with a weight is that of a layer: that of a known module, with a bias, or on positions.
 
     Any other one, where its operands depend on parameters alone, makes a weight: B A of a merged LoRA.
     """
     op = GEMM_OPS.get(node.target)
-    is_layer = op is not None and (op.bias is not None or issubclass(_module_class(node), _LAYERS))
-    return is_layer and any(n in weights for n in node.all_input_nodes[-2:])
+    if op is None:
+        return False
+    operands = [cast(Node, node.args[i]) for i in (op.a, op.b)]
+    is_layer = op.bias is not None or issubclass(_module_class(node), _LAYERS) or any(n in positions for n in operands)
+    return is_layer and any(n in weights for n in operands)
 
 
 def _module_class(node: Node) -> type:

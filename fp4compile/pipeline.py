@@ -69,7 +69,8 @@ class Context:
         if self.strict:
             raise RewriteError(
                 f"recipe {self.recipe.name!r}: the {site.where} cannot be FP4: {reason}. "
-                f"Keep it (keep=[{site.path!r}]), or pass strict=False to leave such GEMMs in high precision."
+                f"Keep it (keep=[{site.path or site.parameter!r}]), or pass strict=False to leave such GEMMs in high "
+                "precision."
             )
         site.status, site.reason = "refused", reason
         site.specs = dict.fromkeys(site.arguments)

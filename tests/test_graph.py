@@ -375,6 +375,15 @@ def test_a_layer_on_learned_tokens(run: Callable[[Model, Tensor], Tensor]) -> No
     assert sites(model, randn(1, 16, 64)) == expect(a="forward dgrad wgrad", b="forward dgrad wgrad")
 
 
+def test_a_product_of_positions_and_a_parameter() -> None:
+    """The relative positions of XLNet: what attention multiplies with is no weight."""
+    model = Model(lambda m, x: m.b((x @ (torch.arange(8)[:, None].expand(8, 64).sin() @ m.r).mT).softmax(-1) @ m.a(x)))
+    model.r = nn.Parameter(randn(64, 64))
+    found = sites(model, randn(8, 64))
+    assert [role for role, _, parameter in found if parameter == "r"] == ["forward", "wgrad"]
+    assert len(found) == 2 + len(expect(a="forward wgrad", b="forward dgrad wgrad"))
+
+
 def test_learned_tokens_of_a_multi_head_attention() -> None:
     class Pool(nn.Module):
         def __init__(self) -> None:
