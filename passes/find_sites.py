@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from fp4compile.graph import find_sites, flops, runs_on_data
+from fp4compile.graph import GEMM_OPS, find_sites, flops, runs_on_data
 from fp4compile.pipeline import Context
 from fp4compile.routers import find_routers
 
@@ -26,6 +26,10 @@ class FindSites:
         context.sites = find_sites(graph, context.parameters, context.buffers)
         for site in context.sites:
             site.flops = flops(site)
+        if not context.parameters and not context.sites and any(node.target in GEMM_OPS for node in graph.nodes):
+            context.notes.append(
+                "a graph multiplies matrices and reads no nn.Parameter, by which weights are known: it stays as it is"
+            )
         unknown = sum(runs_on_data(site) for site in context.sites)
         if unknown:
             context.notes.append(

@@ -43,3 +43,11 @@ def test_names_embeddings() -> None:
 def test_products_of_activations_are_no_sites() -> None:
     captured = trace(lambda q, k, v: torch.bmm(torch.bmm(q, k.mT), v), *[randn(2, 8, 64)] * 3).until("find_sites")
     assert captured.sites == []
+
+
+def test_a_graph_of_plain_tensors_alone_is_noted() -> None:
+    """A tensor that requires a gradient may be an input as well as a weight."""
+    plain = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32)).until("find_sites")
+    assert any("reads no nn.Parameter" in note for note in plain.context.notes)
+    named = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32), parameters="w").until("find_sites")
+    assert not named.context.notes
