@@ -69,10 +69,11 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     ndim = site.node.meta["val"].dim()
     features = ndim - 2 if first else ndim - 1
     original = x if spec.clip_mask else None
-    with graph.inserting_after(site.node):
-        if original is not None and axis % ndim != features:
+    if original is not None and axis % ndim != features:
+        with graph.inserting_before(site.node):
             order = [*range(ndim - 2), ndim - 1, ndim - 2]
             original = call(graph, torch.ops.aten.permute.default, (original, order), site.node)
+    with graph.inserting_after(site.node):
         given = {name: option for name, option in options.items() if option is not None}
         pulled = call(graph, BACKWARD, (site.node, original, format, features), site.node, **given)
     site.node.replace_all_uses_with(pulled, delete_user_cb=lambda user: user is not pulled)
