@@ -51,3 +51,10 @@ def test_a_graph_of_plain_tensors_alone_is_noted() -> None:
     assert any("reads no nn.Parameter" in note for note in plain.context.notes)
     named = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32), parameters="w").until("find_sites")
     assert not named.context.notes
+
+
+def test_convolutions_are_noted() -> None:
+    """A convolution with a kernel of one is a linear layer, and stays as it is."""
+    captured = capture(nn.Sequential(nn.Conv1d(16, 16, 1), nn.Linear(64, 32)), [randn(2, 16, 64)]).until("find_sites")
+    assert {site.path for site in captured.sites} == {"1"}
+    assert [note for note in captured.context.notes if note.startswith("1 convolutions stay")]
