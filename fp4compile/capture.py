@@ -40,7 +40,7 @@ class Frame:
         untracked: why a change of a parameter may go unnoticed; empty where none does.
         differentiates: what takes gradients within the graph; empty where nothing does.
         model: the module that was compiled, if a module was.
-        prefix: where the root lies in it: a path, or a glob where its graph may serve several modules of one class.
+        places: paths in it of the root and of modules of its class and sizes, which the graph may serve as well.
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
@@ -52,7 +52,15 @@ class Frame:
     untracked: str = ""
     differentiates: str = ""
     model: nn.Module | None = None
-    prefix: str = ""
+    places: tuple[str, ...] = ("",)
+
+    @property
+    def prefix(self) -> str:
+        """What reports put before paths: where the root lies, with a `*` for what differs between its places."""
+        parts = [place.split(".") for place in self.places]
+        if len({len(part) for part in parts}) > 1:
+            return "*"
+        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
@@ -113,15 +121,18 @@ def _compiled_model() -> nn.Module | None:
     return None
 
 
-def _prefix(root: nn.Module | None, model: nn.Module | None) -> str:
-    """The path of a module in a model, with a `*` for what differs between those of its class."""
-    places = dict(model.named_modules()) if model is not None else {}
-    if root is None or root is model or all(module is not root for module in places.values()):
-        return ""
-    parts = [clean_path(name).split(".") for name, module in places.items() if type(module) is type(root)]
-    if len({len(part) for part in parts}) > 1:
-        return "*"
-    return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
+def _places(root: nn.Module | None, model: nn.Module | None) -> tuple[str, ...]:
+    """The paths in a model of modules that are like the root; "" for the model itself, or of no model."""
+    modules = dict(model.named_modules()) if model is not None else {}
+    if root is model or all(module is not root for module in modules.values()):
+        return ("",)
+    return tuple(clean_path(name) for name, module in modules.items() if _signature(module) == _signature(root))
+
+
+def _signature(module: nn.Module | None) -> tuple[Any, ...]:
+    """What modules have in common that one graph may serve."""
+    named = () if module is None else module.named_parameters(remove_duplicate=False)
+    return type(module), [(name, tuple(parameter.shape)) for name, parameter in named]
 
 
 def _source(placeholder: Node) -> str:
@@ -163,7 +174,7 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
         untracked,
         _differentiates(graph_module),
         model,
-        _prefix(root, model),
+        _places(root, model),
     )
 
 

@@ -20,13 +20,14 @@ _OUTSIDE = "not captured: the model breaks the graph around it"
 
 @dataclass
 class Coverage:
-    """Parameters that graphs read, by the class that was traced: its instances share a graph."""
+    """Parameters that graphs read, by their names in the model; a graph may serve several modules."""
 
-    read: set[tuple[type, str]] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
 
     def add(self, where: Frame) -> None:
         """Take in a graph."""
-        self.read |= {(type(where.root), name) for name in where.parameters.values()}
+        prefixes = [f"{place}." if place else "" for place in where.places]
+        self.read |= {f"{prefix}{name}" for prefix in prefixes for name in where.parameters.values()}
 
     def complete(self, report: Report, model: nn.Module, broken: bool) -> None:
         """Name the linear modules and stacks of matrices of a model that no graph reads.
@@ -39,19 +40,13 @@ class Coverage:
         covered = {path for path, _ in found} | {name.rpartition(".")[0] for _, name in found}
         for kind, path, parameter in _weights(model):
             held = kind == "linear" and any(fnmatchcase(path, c) or path.endswith(f".{c}") for c in covered if c)
-            if held or self._reads(model, parameter):
+            if held or parameter in self.read:
                 continue
             if broken:
                 formats: dict[str, str | None] = {"input": None, "weight": None}
                 report.sites.append(SiteRecord(path, "forward", kind, "refused", formats, "eager", _OUTSIDE, parameter))
             else:
                 report.notes.append(f"{path if kind == 'linear' else parameter}: not called with these inputs")
-
-    def _reads(self, model: nn.Module, name: str) -> bool:
-        """Whether a graph of the model, of a module in it or of another instance of its class reads a parameter."""
-        parts = name.split(".")
-        owners = ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
-        return any((type(model.get_submodule(path)), rest) in self.read for path, rest in owners)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str, str]]:

@@ -234,7 +234,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
     notes = check_gradients(where, options.strict)
     if options.cache_weights:
         check_cacheable(backend, where)
-    warn_unmatched(recipe, where.root)
+    warn_unmatched(recipe, where.root if where.model is None else where.model)
     return Context(
         recipe,
         backend,
@@ -242,6 +242,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         options.strict,
         embeddings=set(where.embeddings),
         depths=where.depths,
+        places=where.places,
         inner=recipe.keeps_by_depth and where.is_inner(),
         notes=notes,
         weight_cache=cache_of(where.session) if options.cache_weights else None,

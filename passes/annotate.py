@@ -40,7 +40,7 @@ def _made(site: Site, context: Context) -> str | None:
 
 
 def _glob(site: Site, context: Context) -> str | None:
-    glob = context.recipe.kept_by(site.path, site.role) or context.recipe.kept_by(site.parameter, site.role)
+    glob = context.kept_by(site)
     return f"keep={glob!r}" if glob else None
 
 
@@ -125,7 +125,7 @@ def _annotate(site: Site, context: Context) -> None:
         site.reason = reason(site, context) or ""
         if site.reason:
             return
-    rule = context.recipe.rule_for(site.path, site.role)
+    rule = context.rule_for(site, site.role)
     specs = {name: spec for name, spec in rule.operands.items() if spec} if rule else {}
     if not specs:
         site.reason = f"recipe {context.recipe.name!r} leaves {site.role} GEMMs here in high precision"

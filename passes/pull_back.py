@@ -34,7 +34,7 @@ _OPTIONS = ("scale_rule", "block_2d", "tensor_scale")
 def _owner(site: Site, context: Context) -> Site | None:
     """The forward GEMM of a backward one, if it is FP4; raises where a clip mask would be lost."""
     owner = forward_of(site, context.sites)
-    rule = context.recipe.rule_for(site.path, "forward")
+    rule = context.rule_for(site, "forward")
     if owner is None and rule and any(spec.clip_mask for spec in rule.operands.values() if spec):
         raise RewriteError(
             f"recipe {context.recipe.name!r} asks for a clip mask, but it is not certain which forward GEMM the "

@@ -328,6 +328,37 @@ def test_the_report_of_a_model_in_pieces_knows_their_places() -> None:
     assert blocks == {name.removesuffix(".weight") for name in report.weights}
 
 
+class _Inner(nn.Module):
+    """A graph break before the only block, so that the graph starts there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Mlp(32, 32, 32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.block(x)
+
+
+def test_globs_are_of_the_whole_model_where_graphs_start_within_it() -> None:
+    """A warning that one matches no module would be an error here."""
+    step(compiled(build(_Inner), keep=["block.first", "wgrad:block.third.weight"]), randn(5, 32))
+    kept = {key for key, status in statuses().items() if status == "kept"}
+    assert kept == {
+        ("block.first", "forward"),
+        ("block.first", "dgrad"),
+        ("block.first", "wgrad"),
+        ("block.third", "wgrad"),
+    }
+
+
+def test_one_graph_for_modules_that_the_recipe_treats_differently_is_an_error() -> None:
+    with pytest.raises(RewriteError, match=r"share one graph.*blocks\.0, blocks\.1"):
+        step(compiled(build(_Parts), keep=["blocks.0.*"]), randn(5, 32))
+    step(compiled(build(_Parts), keep=["blocks.*.before"]), randn(5, 32))
+    assert statuses()["blocks.*.before", "forward"] == "kept"
+
+
 def test_a_model_without_a_graph_is_told_from_the_one_before() -> None:
     note = "what was compiled since the last graph and has none is not in this report"
     step(compiled(build(Mlp)), randn(13, 70))
