@@ -645,6 +645,7 @@ def test_a_bilinear_layer_is_reported() -> None:
     assert "_trilinear" in site.reason
 
 
+@pytest.mark.slow
 def test_max_pooling_is_captured() -> None:
     """Its decomposition needs a part of Inductor that nothing else has imported."""
     code = (
