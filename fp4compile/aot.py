@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.lowering  # the rule of max_pool2d asks for it by name, and Inductor imports it when it compiles
 from torch._inductor.decomposition import select_decomp_table
 
 aten = torch.ops.aten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.eager_transforms import _autograd_grad
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp4compile.graph import clean_path
@@ -29,21 +32,35 @@ class Frame:
 
     Attributes:
         parameters: input position -> name of the parameter.
+        buffers: the same of buffers.
         embeddings: names of parameters that are embedding tables.
         depths: path of each list of blocks -> its length.
         root: the module whose forward was traced, if there is one.
         session: the object that stands for one `torch.compile` call; graphs of one model share it.
         untracked: why a change of a parameter may go unnoticed; empty where none does.
         differentiates: what takes gradients within the graph; empty where nothing does.
+        model: the module that was compiled, if a module was.
+        places: paths in it of the root and of modules of its class and sizes, which the graph may serve as well.
     """
 
     parameters: dict[int, str] = field(default_factory=dict)
+    buffers: dict[int, str] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     depths: dict[str, int] = field(default_factory=dict)
     root: nn.Module | None = None
     session: object = None
     untracked: str = ""
     differentiates: str = ""
+    model: nn.Module | None = None
+    places: tuple[str, ...] = ("",)
+
+    @property
+    def prefix(self) -> str:
+        """What reports put before paths: where the root lies, with a `*` for what differs between its places."""
+        parts = [place.split(".") for place in self.places]
+        if len({len(part) for part in parts}) > 1:
+            return "*"
+        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
 
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
@@ -90,6 +107,34 @@ def _traced(sources: Iterable[str]) -> tuple[nn.Module | None, object]:
     return root, getattr(owner, "backend_compile_fn", output.compiler_fn)
 
 
+def _compiled_model() -> nn.Module | None:
+    """The module whose call is being compiled: Dynamo compiles within that call."""
+    caller = inspect.currentframe()
+    while caller is not None:
+        owner = caller.f_locals.get("self")
+        if isinstance(owner, OptimizedModule):
+            inner: nn.Module = owner._orig_mod
+            return inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if isinstance(owner, nn.Module) and owner._compiled_call_impl is not None:
+            return owner
+        caller = caller.f_back
+    return None
+
+
+def _places(root: nn.Module | None, model: nn.Module | None) -> tuple[str, ...]:
+    """The paths in a model of modules that are like the root; "" for the model itself, or of no model."""
+    modules = dict(model.named_modules()) if model is not None else {}
+    if root is model or all(module is not root for module in modules.values()):
+        return ("",)
+    return tuple(clean_path(name) for name, module in modules.items() if _signature(module) == _signature(root))
+
+
+def _signature(module: nn.Module | None) -> tuple[Any, ...]:
+    """What modules have in common that one graph may serve."""
+    named = () if module is None else module.named_parameters(remove_duplicate=False)
+    return type(module), [(name, tuple(parameter.shape)) for name, parameter in named]
+
+
 def _source(placeholder: Node) -> str:
     """Where Dynamo reads an input from: `L['self']._modules['proj']._parameters['weight']`."""
     name = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
@@ -111,12 +156,26 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
         index: clean_path(known.get(id(example), "")) or clean_path(_source(node)) or str(node.target)
         for index, node, example in inputs
     }
+    sources = {i: _source(n) for i, n in enumerate(placeholders) if i not in parameters}
+    buffers = {i: clean_path(source) for i, source in sources.items() if "._buffers[" in source}
     modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     embeddings = frozenset(parameters[i] for i in parameters if id(example_inputs[i]) in tables)
     depths = {clean_path(name): len(m) for name, m in modules.items() if is_block_list(m)}
     untracked = _untracked(modules.values(), [example for _, _, example in inputs])
-    return Frame(parameters, embeddings, depths, root, session, untracked, _differentiates(graph_module))
+    model = _compiled_model()
+    return Frame(
+        parameters,
+        buffers,
+        embeddings,
+        depths,
+        root,
+        session,
+        untracked,
+        _differentiates(graph_module),
+        model,
+        _places(root, model),
+    )
 
 
 def _differentiates(graph_module: GraphModule) -> str:
@@ -139,7 +198,7 @@ def _untracked(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor])
 
 
 def graph_parameters(graph: Graph, parameters: dict[int, str]) -> dict[Node, str]:
-    """Placeholders of an AOTAutograd graph that stand for parameters of the Dynamo graph it was made from."""
+    """Placeholders of an AOTAutograd graph that stand for inputs, by position, of the Dynamo graph it was made from."""
     found = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         description = node.meta.get("desc")

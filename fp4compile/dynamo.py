@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +20,7 @@ from torch.fx import Graph, GraphModule
 from fp4compile import recipe as recipes
 from fp4compile.backend import Backend, No, get_backend
 from fp4compile.capture import Frame, frame, graph_parameters
+from fp4compile.coverage import Coverage
 from fp4compile.errors import FP4TypeError, FP4ValueError, FP4Warning, unknown
 from fp4compile.pipeline import Context, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
@@ -73,41 +75,94 @@ class Ledger:
         self._session: object = None
         self._reports: list[Report] = []
         self._backend: Backend | None = None
-        # Dynamo's count of graph breaks by reason, at the last graph of the session before.
-        self._breaks: Counter[str] = Counter()
-        self._latest: Counter[str] = Counter()
+        self._model: Callable[[], nn.Module | None] = _nothing
+        self._coverage = Coverage()
+        # What Dynamo had counted at the last graph of the session before.
+        self._breaks: Breaks = Breaks()
+        self._latest: Breaks = Breaks()
 
-    def add(self, session: object, report: Report, backend: Backend) -> None:
+    def add(self, where: Frame, report: Report, backend: Backend) -> None:
         """Take in a graph's report; another session starts anew."""
-        if session is None or session is not self._session:
-            self._session, self._reports, self._breaks = session, [], self._latest
-        self._reports.append(report)
+        if where.session is None or where.session is not self._session:
+            self._session, self._reports, self._breaks = where.session, [], self._latest
+            self._coverage = Coverage()
+        self._reports.append(report.within(where.prefix))
+        self._coverage.add(where)
+        self._model = _nothing if where.model is None else weakref.ref(where.model)
         self._backend = backend
-        self._latest = graph_breaks()
+        # The function that is being compiled now counts as left to Python until it is done.
+        self._latest = graph_breaks(under_way=1)
 
     def last(self) -> Report | None:
-        """The merged report of the latest session, with graph breaks and notes of kernels; None before the first."""
+        """The merged report of the latest session, with what no graph holds, graph breaks and notes of kernels; None
+        before the first."""
         report = merged(self._reports)
         if report and self._backend:
             report.notes += report.cache_notes()
-            report.notes += graph_break_notes(graph_breaks() - self._breaks)
+            breaks = graph_breaks() - self._breaks
+            report.notes += graph_break_notes(breaks)
+            if (graph_breaks() - self._latest).left:
+                report.notes.append("what was compiled since the last graph and has none is not in this report")
+            model = self._model()
+            if breaks and model is not None:
+                self._coverage.complete(report, model, True)
             report.notes += self._backend.runtime_notes(report)
         return report
 
 
-def graph_breaks() -> Counter[str]:
-    """Dynamo's count of graph breaks by reason; with a break in a loop it leaves the function to Python as a whole."""
-    skipped = {reason: count for reason, count in counters["unimplemented"].items() if "graph break in loop" in reason}
-    return Counter(counters["graph_break"]) + Counter(skipped)
+def _nothing() -> None:
+    return None
 
 
-def graph_break_notes(breaks: Counter[str]) -> list[str]:
+@dataclass(frozen=True)
+class Breaks:
+    """What Dynamo has counted.
+
+    Attributes:
+        graph: breaks behind and before which it made graphs, by reason.
+        failures: other reasons for which it gave up; it may have gone on in another way.
+        functions: how many functions it left to Python as a whole.
+        total: how many functions it has tried.
+    """
+
+    graph: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    functions: int = 0
+    total: int = 0
+
+    def __sub__(self, other: Breaks) -> Breaks:
+        if self.total < other.total:  # the counts were reset in between
+            return self
+        return Breaks(self.graph - other.graph, self.failures - other.failures, self.functions - other.functions)
+
+    def __bool__(self) -> bool:
+        return bool(self.graph or self.left)
+
+    @property
+    def left(self) -> Counter[str]:
+        """Why functions were left to Python."""
+        return self.failures if self.functions > 0 else Counter()
+
+
+def graph_breaks(under_way: int = 0) -> Breaks:
+    """What Dynamo has counted; `under_way` functions are being compiled."""
+    total, done = (counters["frames"][name] for name in ("total", "ok"))
+    failures = Counter(counters["unimplemented"])
+    return Breaks(Counter(counters["graph_break"]), failures, total - done - under_way, total)
+
+
+def graph_break_notes(breaks: Breaks) -> list[str]:
     """What a report says of graph breaks."""
-    return [
-        f"graph break ({count}x): {reason.splitlines()[0]}; linear layers and experts outside the graphs run as they "
-        f"are{_hint(reason)}"
-        for reason, count in breaks.items()
-    ]
+    kinds = {"graph break": breaks.graph, "a function is no graph at all": breaks.left}
+    found: Counter[tuple[str, str]] = Counter()
+    for kind, counts in kinds.items():
+        for reason, count in counts.items():  # some differ in the place alone
+            found[
+                kind,
+                f"{reason.splitlines()[0]}; linear layers and experts outside the graphs run as they are"
+                f"{_hint(reason)}",
+            ] += count
+    return [f"{kind} ({count}x): {what}" for (kind, what), count in found.items()]
 
 
 def _hint(reason: str) -> str:
@@ -120,7 +175,7 @@ _LEDGER = Ledger()
 
 
 def last_report() -> Report | None:
-    """The report of the model that `torch.compile(backend="fp4compile")` compiled last; None before the first call.
+    """The report of the model that `torch.compile(backend="fp4compile")` compiled last; None before the first graph.
 
     Graphs of one `torch.compile` call (graph breaks, DDP buckets, recompilations) are merged.
     """
@@ -179,7 +234,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
     notes = check_gradients(where, options.strict)
     if options.cache_weights:
         check_cacheable(backend, where)
-    warn_unmatched(recipe, where.root)
+    warn_unmatched(recipe, where.root if where.model is None else where.model)
     return Context(
         recipe,
         backend,
@@ -187,6 +242,7 @@ def make_context(options: Options, where: Frame, device: str) -> Context:
         options.strict,
         embeddings=set(where.embeddings),
         depths=where.depths,
+        places=where.places,
         inner=recipe.keeps_by_depth and where.is_inner(),
         notes=notes,
         weight_cache=cache_of(where.session) if options.cache_weights else None,
@@ -203,6 +259,7 @@ def rewriter(
         if owner is None:
             owner = GraphModule(torch.nn.Module(), graph)
         context.parameters = graph_parameters(graph, where.parameters)
+        context.buffers = set(graph_parameters(graph, where.buffers))
         pipeline.run(owner, context)
         done(context)
 
@@ -224,5 +281,5 @@ def fp4compile_backend(
     parsed = Options.parse({"mode": mode, **(options or {})} if mode else options)
     where = frame(graph_module, example_inputs)
     context = make_context(parsed, where, device_type(example_inputs))
-    rewrite = rewriter(context, where, default_pipeline(), lambda c: _LEDGER.add(where.session, c.report(), c.backend))
+    rewrite = rewriter(context, where, default_pipeline(), lambda c: _LEDGER.add(where, c.report(), c.backend))
     return context.backend.compile(graph_module, example_inputs, rewrite, context, parsed.mode)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,22 +12,18 @@ from functorch.compile import default_partition, make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Graph, GraphModule
-from torch.nn.modules.conv import _ConvNd
 
 from fp4compile.aot import decompositions
 from fp4compile.capture import Frame, frame, graph_parameters
+from fp4compile.coverage import Coverage
 from fp4compile.dynamo import Options, device_type, graph_break_notes, graph_breaks, make_context
 from fp4compile.errors import FP4TypeError
 from fp4compile.pipeline import Context, Pass, Pipeline, default_pipeline
 from fp4compile.recipe import Recipe
-from fp4compile.report import Report, SiteRecord, merged
+from fp4compile.report import Report, merged
 
 # Calls with a copy of each captured graph, before and after each pass: (pass or None, graph, context).
 Observer = Callable[[Pass | None, Graph, Context], None]
-
-# Classes of modules with a matrix `weight` that one GEMM reads: torch's, and GPT-2's in transformers.
-LINEARS = ("Linear", "Conv1D")
-_OUTSIDE = "not captured: the model breaks the graph around it"
 
 
 @dataclass
@@ -38,23 +33,22 @@ class _Explainer:
     options: Options
     pipeline: Pipeline
     observe: Observer | None
-    prefixes: dict[int, str]
     reports: list[Report] = field(default_factory=list)
-    # Parameters that graphs read, by the class that was traced: its instances share a graph.
-    read: set[tuple[type, str]] = field(default_factory=set)
+    coverage: Coverage = field(default_factory=Coverage)
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         where = frame(graph_module, example_inputs)
         context = make_context(self.options, where, device_type(example_inputs))
-        self.read |= {(type(where.root), name) for name in where.parameters.values()}
+        self.coverage.add(where)
 
         def rewrite(captured: GraphModule) -> None:
             copied = copy_graph(captured)
             context.parameters = graph_parameters(copied.graph, where.parameters)
+            context.buffers = set(graph_parameters(copied.graph, where.buffers))
             if self.observe:
                 self.observe(None, copied.graph, context)
             self.pipeline.run(copied, context, self.observe)
-            self.reports.append(self._named(context.report(), where))
+            self.reports.append(context.report().within(where.prefix))
 
         def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             rewrite(joint)
@@ -76,22 +70,6 @@ class _Explainer:
         )
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return compiler(graph_module, example_inputs)
-
-    def _named(self, report: Report, where: Frame) -> Report:
-        """Paths as the whole model knows them, for a graph that a graph break made start at an inner module."""
-        prefix = self.prefixes.get(id(where.root), "")
-        if prefix:
-            report.sites = [
-                replace(s, path=f"{prefix}.{s.path}" if s.path else prefix, parameter=f"{prefix}.{s.parameter}")
-                for s in report.sites
-            ]
-        return report
-
-    def reads(self, model: nn.Module, name: str) -> bool:
-        """Whether a graph of the model, of a module in it or of another instance of its class reads a parameter."""
-        parts = name.split(".")
-        owners = ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
-        return any((type(model.get_submodule(path)), rest) in self.read for path, rest in owners)
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
@@ -134,8 +112,7 @@ def explain(
     options = Options(recipe=recipe, backend=backend, strict=False, keep=keep)
     make_context(options, Frame(), "cpu")  # wrong names are errors before any work
     pipeline = default_pipeline() if passes is None else default_pipeline().select(passes)
-    names = {id(m): name for name, m in model.named_modules()} if isinstance(model, nn.Module) else {}
-    explainer = _Explainer(options, pipeline, observe, names)
+    explainer = _Explainer(options, pipeline, observe)
     args, kwargs = split_inputs(example_inputs)
     breaks_before = graph_breaks()
     limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
@@ -147,7 +124,11 @@ def explain(
         context = make_context(options, Frame(), "cpu")
         report = context.report()
         report.graphs = 0
-    _note_what_is_missing(report, model, graph_breaks() - breaks_before, explainer)
+    breaks = graph_breaks() - breaks_before
+    report.notes += graph_break_notes(breaks)
+    if isinstance(model, nn.Module):
+        # Dynamo counts no break when it meets a function again that it has left to Python once.
+        explainer.coverage.complete(report, model, bool(breaks) or not report.graphs)
     return report
 
 
@@ -160,32 +141,3 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     raise FP4TypeError(f"example_inputs must be a tuple, a mapping or a tensor, got {type(example_inputs).__name__}")
-
-
-def _note_what_is_missing(report: Report, model: Any, breaks: Counter[str], explainer: _Explainer) -> None:
-    """Name graph breaks, and the linear modules and experts that no graph holds."""
-    report.notes += graph_break_notes(breaks)
-    if not isinstance(model, nn.Module):
-        return
-    found = {(s.path, s.parameter) for s in report.sites}
-    covered = {path for path, _ in found} | {name.rpartition(".")[0] for _, name in found}
-    for kind, path, parameter in _weights(model):
-        held = kind == "linear" and any(path == c or path.endswith(f".{c}") for c in covered if c)
-        if held or explainer.reads(model, parameter):
-            continue
-        if breaks:
-            formats: dict[str, str | None] = {"input": None, "weight": None}
-            report.sites.append(SiteRecord(path, "forward", kind, "refused", formats, "eager", _OUTSIDE, parameter))
-        else:
-            report.notes.append(f"{path if kind == 'linear' else parameter}: not called with these inputs")
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Kind, module path and name of the weights that GEMMs read: of linear modules, and stacks of matrices."""
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if type(module).__name__ in LINEARS:
-            yield "linear", path, f"{prefix}weight"
-        elif not isinstance(module, _ConvNd):
-            stacks = ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1)
-            yield from (("grouped", path, f"{prefix}{name}") for name, _ in stacks)

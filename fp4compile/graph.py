@@ -61,11 +61,23 @@ _GEMMS = {*GEMM_OPS, aten.linear.default, aten.baddbmm.default, aten.mv.default}
 
 # Names of ops of other libraries that hide a GEMM (`somelib.grouped_mm`): found, so as to be reported.
 _OPAQUE_GEMM = re.compile(r"(^|[._])(mm|matmul|linear)([._]|$)")
-# Ops of torch that hide the GEMMs of whole layers in inference -> what makes torch write them out.
-FUSED_LAYERS: Mapping[Any, str] = dict.fromkeys(
-    (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default),
-    "torch.backends.mha.set_fastpath_enabled(False) before compiling writes it out",
-)
+_NO_FASTPATH = "torch.backends.mha.set_fastpath_enabled(False) before compiling writes it out"
+# Ops of torch that hide the GEMMs of whole layers -> what makes torch write them out, "" where nothing does.
+FUSED_LAYERS: Mapping[Any, str] = {
+    aten._transformer_encoder_layer_fwd.default: _NO_FASTPATH,
+    aten._native_multi_head_attention.default: _NO_FASTPATH,
+    aten._trilinear.default: "",  # nn.Bilinear
+    aten.mkldnn_rnn_layer.default: "",  # nn.LSTM
+}
+
+# Modules whose GEMMs give activations, also those of learned tokens.
+_LAYERS = (nn.Linear, nn.MultiheadAttention)
+
+# Ops that count: positions are made of them.
+_COUNTS = {torch.ops.prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
+
+# Ops that pick matrices out of a stack.
+_GATHERS = {aten.index.Tensor, aten.index_select.default}
 
 # Ops that leave every element where it is in a contiguous tensor.
 VIEWS = {
@@ -103,6 +115,8 @@ class Site:
         kernels: kernels that will run it.
         flops: 2 M N K.
         weight_bytes: bytes of the weight in the model's dtype, and packed.
+        makes_weight: whether it takes part in computing a weight, as B A of a merged LoRA does, and reads no input.
+        gathered: whether each token multiplies a copy of its own of one of a stack of matrices.
     """
 
     node: Node
@@ -118,6 +132,8 @@ class Site:
     kernels: list[str] = field(default_factory=list)
     flops: int = 0
     weight_bytes: tuple[int, int] = (0, 0)
+    makes_weight: bool = False
+    gathered: bool = False
 
     def operand(self, name: str) -> Node:
         """The node that the GEMM reads as operand `name`."""
@@ -223,25 +239,39 @@ def _reachable(flow: nx.DiGraph, sources: Iterable[Node]) -> set[Node]:
 
 @dataclass(frozen=True)
 class Flow:
-    """Where values come from: `weights` maps each node computed from parameters alone to the first one's name, and what
-    linear modules multiply with to the name of their weight; `backward` holds the nodes that depend on a tangent."""
+    """Where values come from.
+
+    Attributes:
+        weights: node computed from parameters (and buffers and constants) alone -> the first parameter's name; what
+            linear modules multiply with -> the name of their weight.
+        backward: the nodes that depend on a tangent.
+    """
 
     weights: dict[Node, str]
     backward: set[Node]
 
 
-def data_flow(graph: Graph, parameters: Mapping[Node, str]) -> Flow:
-    """Classify the nodes of a joint or inference graph; `parameters` names the inputs that are parameters."""
-    flow = digraph(graph)
-    tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and _is_tensor(n)]
-    on_data = _reachable(flow, [n for n in tensors if n not in parameters])
+def data_flow(graph: Graph, parameters: Mapping[Node, str], buffers: Container[Node] = ()) -> Flow:
+    """Classify the nodes of a joint or inference graph; `parameters` and `buffers` are inputs of it.
+
+    What a layer makes of learned tokens or of positions depends on parameters alone and is an activation all the same.
+    """
+    tensors = [n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n)]
+    on_data = {n for n in tensors if n not in parameters and n not in buffers}
     weights = dict(parameters)
+    positions: set[Node] = set()
     for node in graph.nodes:  # in topological order
-        if node.op == "call_function" and node not in on_data:
-            name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
-            if name is not None:
-                weights[node] = name
-    backward = _reachable(flow, [n for n in tensors if is_tangent(n)])
+        if node.op != "call_function":
+            continue
+        if any(source in on_data for source in node.all_input_nodes) or _applies_weight(node, weights, positions):
+            on_data.add(node)
+            continue
+        name = next((weights[s] for s in node.all_input_nodes if s in weights), None)
+        if name is not None:
+            weights[node] = name
+        elif node.target in _COUNTS or any(source in positions for source in node.all_input_nodes):
+            positions.add(node)
+    backward = _reachable(digraph(graph), [n for n in tensors if is_tangent(n)])
     for node in graph.nodes:
         if (
             node not in backward
@@ -253,12 +283,29 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str]) -> Flow:
     return Flow(weights, backward)
 
 
-def _is_linear_module(node: Node) -> bool:
-    """Whether a node is the GEMM of an `nn.Linear`: its weight may be masked, normed, a buffer, or handed in."""
+def _applies_weight(node: Node, weights: Container[Node], positions: Container[Node]) -> bool:
+    """Whether a GEMM with a weight is that of a layer: that of a known module, with a bias, or on positions.
+
+    Any other one, where its operands depend on parameters alone, makes a weight: B A of a merged LoRA.
+    """
+    op = GEMM_OPS.get(node.target)
+    if op is None:
+        return False
+    operands = [cast(Node, node.args[i]) for i in (op.a, op.b)]
+    is_layer = op.bias is not None or issubclass(_module_class(node), _LAYERS) or any(n in positions for n in operands)
+    return is_layer and any(n in weights for n in operands)
+
+
+def _module_class(node: Node) -> type:
+    """The class of the innermost module that a forward node belongs to; `object` outside of any."""
     stack = node.meta.get("nn_module_stack")
     kind = next(reversed(stack.values()))[1] if stack else None
-    is_linear = isinstance(kind, type) and issubclass(kind, nn.Linear)
-    return is_linear and node.target in (aten.mm.default, aten.addmm.default)
+    return kind if isinstance(kind, type) else object
+
+
+def _is_linear_module(node: Node) -> bool:
+    """Whether a node is the GEMM of an `nn.Linear`: its weight may be masked, normed, a buffer, or handed in."""
+    return issubclass(_module_class(node), nn.Linear) and node.target in (aten.mm.default, aten.addmm.default)
 
 
 def _moved(node: Node) -> Iterator[Node]:
@@ -281,14 +328,14 @@ def _is_tensor(node: Node) -> bool:
 # --- sites -----------------------------------------------------------------------------------------------------------
 
 
-def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
+def find_sites(graph: Graph, parameters: Mapping[Node, str], buffers: Container[Node] = ()) -> list[Site]:
     """Every GEMM that reads a weight, and the dgrad and wgrad GEMMs that belong to it, in graph order.
 
     A forward GEMM has a weight operand. A backward GEMM with one is its dgrad. A backward GEMM without one is a wgrad
     when it shares the autograd sequence number of a forward site and reads the same input; the GEMMs of attention
     read no weight and share nothing with a site, so they are none.
     """
-    flow = data_flow(graph, parameters)
+    flow = data_flow(graph, parameters, buffers)
     sites: list[Site] = []
     by_sequence: dict[Any, list[Site]] = defaultdict(list)
     by_input: dict[Node, list[Site]] = defaultdict(list)
@@ -296,8 +343,7 @@ def find_sites(graph: Graph, parameters: Mapping[Node, str]) -> list[Site]:
     for node in graph.nodes:
         op = GEMM_OPS.get(node.target)
         if op is None:
-            site = _opaque_site(node, flow) if node.op == "call_function" else None
-            sites += [site] if site else _nested_sites(node, flow)
+            sites += (_opaque_sites(node, flow) if node.op == "call_function" else []) or _nested_sites(node, flow)
             continue
         if node not in flow.backward:
             site = _forward_site(node, op, flow)
@@ -327,14 +373,36 @@ def _site(node: Node, op: GemmOp, role: Role, first: str, path: str, parameter: 
 
 
 def _forward_site(node: Node, op: GemmOp, flow: Flow) -> Site | None:
-    a, b = node.args[op.a], node.args[op.b]
-    assert isinstance(a, Node) and isinstance(b, Node)
-    weight = b if b in flow.weights else a if a in flow.weights else None
+    weight, parameter, gathered = _weight(node, op, flow)
     if weight is None:
         return None
-    first = "input" if weight is b else "weight"
-    parameter = flow.weights[weight]
-    return _site(node, op, "forward", first, _path(node, parameter), parameter, _kind(op, weight))
+    first = "input" if weight is node.args[op.b] else "weight"
+    site = _site(node, op, "forward", first, _path(node, parameter), parameter, _kind(op, weight))
+    site.makes_weight, site.gathered = node in flow.weights, gathered
+    return site
+
+
+def _weight(node: Node, op: GemmOp, flow: Flow) -> tuple[Node | None, str, bool]:
+    """The operand of a GEMM that is a weight, the name of the parameter, and whether it was gathered."""
+    operands = [cast(Node, node.args[op.b]), cast(Node, node.args[op.a])]
+    for operand in operands:
+        if operand in flow.weights:
+            return operand, flow.weights[operand], False
+    for operand in operands:
+        stack = _stack(operand)
+        if stack in flow.weights:
+            return operand, flow.weights[stack], True
+    return None, "", False
+
+
+def _stack(node: Node) -> Node | None:
+    """The stack of matrices that a batch of them was picked from, by an index of the first axis."""
+    node = origin(node)
+    if node.target not in _GATHERS:
+        return None
+    stack, *where = node.args
+    first = where[0] == 0 if isinstance(where[0], int) else len(cast(list[Any], where[0])) == 1
+    return cast(Node, stack) if first and dims(cast(Node, stack)) == 3 else None
 
 
 def _kind(op: GemmOp, weight: Node) -> str:
@@ -344,21 +412,23 @@ def _kind(op: GemmOp, weight: Node) -> str:
     return "grouped" if stacked else op.kind
 
 
-def _opaque_site(node: Node, flow: Flow) -> Site | None:
-    """A GEMM inside an op that no pass can open: torch's of whole layers, or another library's that reads a weight."""
+def _opaque_sites(node: Node, flow: Flow) -> list[Site]:
+    """The GEMMs inside an op that no pass can open, torch's or another library's: one for each weight it reads."""
     namespace = getattr(node.target, "namespace", "aten")
     foreign = namespace not in ("aten", "prims", "fp4compile") and _OPAQUE_GEMM.search(str(node.target))
     if not foreign and node.target not in FUSED_LAYERS:
-        return None
-    position = next((i for i, a in enumerate(node.args) if isinstance(a, Node) and a in flow.weights), None)
-    if position is None:
-        return None
+        return []
     backward = node in flow.backward
-    parameter = flow.weights[cast(Node, node.args[position])]
-    kind = "grouped" if "grouped" in str(node.target) else "linear"
-    operands = {"grad" if backward else "input": 0, "weight": position}
     role: Role = "dgrad" if backward else "forward"
-    return Site(node, role, kind, _path(node, parameter), parameter, operands, dict.fromkeys(operands, -1))
+    kind = "grouped" if "grouped" in str(node.target) else "linear"
+    sites = []
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, Node) and argument in flow.weights and dims(argument) > 1:
+            parameter = flow.weights[argument]
+            operands = {"grad" if backward else "input": 0, "weight": position}
+            axes = dict.fromkeys(operands, -1)
+            sites.append(Site(node, role, kind, _path(node, parameter), parameter, operands, axes))
+    return sites
 
 
 def _nested_sites(node: Node, flow: Flow) -> list[Site]:
@@ -376,6 +446,8 @@ def _nested_sites(node: Node, flow: Flow) -> list[Site]:
 def _path(node: Node, parameter: str) -> str:
     """The module that ran the GEMM, or the module inside it that owns the weight (`self.proj.weight @ x`)."""
     path, owner = module_path(node), parameter.rpartition(".")[0]
+    if _is_linear_module(node):  # a parametrization of its weight lies inside of it
+        return path
     return owner if owner.startswith(f"{path}." if path else "") and owner else path
 
 
@@ -390,12 +462,14 @@ def _backward_site(
     a, b = node.args[op.a], node.args[op.b]
     assert isinstance(a, Node) and isinstance(b, Node)
     same_sequence = by_sequence.get(node.meta.get("seq_nr"), [])
-    weight = next((n for n in (b, a) if n in flow.weights), None)
-    if weight is not None:
-        parameter = flow.weights[weight]
+    weights = {origin(s.operand("weight")) for s in same_sequence}
+    tokens = {origin(s.operand("input")) for s in same_sequence} - weights
+    weight, parameter, gathered = _weight(node, op, flow)
+    if weight is not None and origin(weight) not in tokens and (not gathered or origin(weight) in weights):
         owners = [s for s in same_sequence if s.parameter == parameter] or by_parameter.get(parameter, [])
         path = owners[-1].path if owners else module_path(node)
-        return _site(node, op, "dgrad", "weight" if weight is a else "grad", path, parameter, _kind(op, weight))
+        first = "weight" if weight is a else "grad"
+        return _like(_site(node, op, "dgrad", first, path, parameter, _kind(op, weight)), owners)
     grad, other = (a, b) if a in flow.backward else (b, a)
     source = origin(other)
     owners = [s for s in same_sequence if origin(s.operand("input")) is source]
@@ -404,7 +478,15 @@ def _backward_site(
     if other in flow.backward or not owners:
         return None
     owner = _same_shape(owners, node) or owners[-1]
-    return _site(node, op, "wgrad", "grad" if grad is a else "input", owner.path, owner.parameter, owner.kind)
+    first = "grad" if grad is a else "input"
+    return _like(_site(node, op, "wgrad", first, owner.path, owner.parameter, owner.kind), [owner])
+
+
+def _like(site: Site, owners: list[Site]) -> Site:
+    """A backward site, in what it shares with its forward one."""
+    if owners:
+        site.makes_weight, site.gathered = owners[-1].makes_weight, owners[-1].gathered
+    return site
 
 
 def forward_of(site: Site, sites: Iterable[Site]) -> Site | None:

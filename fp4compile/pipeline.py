@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,12 +19,13 @@ from fp4compile.backend import Backend
 from fp4compile.errors import FP4TypeError, FP4ValueError, RewriteError, unknown
 from fp4compile.graph import Site, verify
 from fp4compile.ops import BY_OVERLOAD
-from fp4compile.recipe import Recipe
+from fp4compile.recipe import Recipe, Role, Rule
 from fp4compile.report import Report, SiteRecord
 from fp4compile.rewrite import arguments, value
 from fp4compile.weight_cache import Program, WeightCache
 
 GROUP = "fp4compile.pipelines"
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,9 +35,11 @@ class Context:
     Attributes:
         recipe, backend, device, strict: what the user asked for.
         parameters: inputs of the graph that are parameters, with their names.
+        buffers: inputs of the graph that are buffers of modules.
         embeddings: names of parameters that an embedding reads: GEMMs with them are output heads.
         routers: names of parameters that choose experts: GEMMs with them give router logits.
         depths: number of blocks of each repeated block list, by its path ("model.layers" -> 32).
+        places: paths in the compiled module of the modules that the graph may serve, where it is a part of it.
         inner: whether the compiled module is a block of a larger model, so that paths do not start at the model.
         sites: GEMMs, from `find_sites` on.
         facts: what holds of the graph now.
@@ -51,9 +54,11 @@ class Context:
     device: str = "cpu"
     strict: bool = True
     parameters: dict[Node, str] = field(default_factory=dict)
+    buffers: set[Node] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     routers: set[str] = field(default_factory=set)
     depths: dict[str, int] = field(default_factory=dict)
+    places: tuple[str, ...] = ("",)
     inner: bool = False
     sites: list[Site] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
@@ -62,12 +67,43 @@ class Context:
     weight_cache: WeightCache | None = None
     programs: list[Program] = field(default_factory=list)
 
+    def rule_for(self, site: Site, role: Role) -> Rule | None:
+        """The rule that decides for the GEMM of a site's layer in a role, or None."""
+        return self._alike(
+            site, {id(rule): rule for rule in (self.recipe.rule_for(p, role) for p, _ in self._names(site))}
+        )
+
+    def kept_by(self, site: Site) -> str | None:
+        """The entry of `keep` that matches a site, or None."""
+        kept = (
+            self.recipe.kept_by(path, site.role) or self.recipe.kept_by(parameter, site.role)
+            for path, parameter in self._names(site)
+        )
+        return self._alike(site, {bool(glob): glob for glob in kept})
+
+    def _names(self, site: Site) -> Iterator[tuple[str, str]]:
+        """Path and parameter of a site, in each module that the graph may serve."""
+        for place in self.places:
+            prefix = f"{place}." if place else ""
+            yield f"{prefix}{site.path}".removesuffix("."), f"{prefix}{site.parameter}"
+
+    def _alike(self, site: Site, found: Mapping[Any, T]) -> T:
+        """What was found, if it is the same for all modules that the graph serves."""
+        if len(found) > 1:
+            raise RewriteError(
+                f"recipe {self.recipe.name!r} treats modules of one class differently that share one graph, because "
+                f"the model breaks the graph between them: {', '.join(self.places)}. The {site.where} cannot be "
+                "decided for all of them. Avoid the graph break, or give them the same rule"
+            )
+        return next(iter(found.values()))
+
     def refuse(self, site: Site, reason: str) -> None:
         """A GEMM that the recipe asked for cannot be done: an error when strict, else it stays as it is."""
         if self.strict:
             raise RewriteError(
                 f"recipe {self.recipe.name!r}: the {site.where} cannot be FP4: {reason}. "
-                f"Keep it (keep=[{site.path!r}]), or pass strict=False to leave such GEMMs in high precision."
+                f"Keep it (keep=[{site.path or site.parameter!r}]), or pass strict=False to leave such GEMMs in high "
+                "precision."
             )
         site.status, site.reason = "refused", reason
         site.specs = dict.fromkeys(site.arguments)

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map_only
 
 from fp4compile import experts, source
 from fp4compile.backend import No
+from fp4compile.coverage import LINEARS
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.explain import LINEARS, explain
+from fp4compile.explain import explain
 from fp4compile.graph import Site, origin
 from fp4compile.ops import OPS
 from fp4compile.packed import PackedWeight

@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from rich.console import Console
@@ -81,6 +81,20 @@ class Report:
         """Share of the FLOPs of all linear and expert GEMMs, output heads included, that read FP4 operands."""
         total = sum(site.flops for site in self.sites)
         return sum(site.flops for site in self.sites if site.status == "fp4") / total if total else 0.0
+
+    def within(self, prefix: str) -> Report:
+        """The report of a graph that starts at the module with that path, with paths as the whole model knows them."""
+        if not prefix:
+            return self
+        return replace(
+            self,
+            sites=[
+                replace(s, path=f"{prefix}.{s.path}" if s.path else prefix, parameter=f"{prefix}.{s.parameter}")
+                for s in self.sites
+            ],
+            weights={f"{prefix}.{name}": size for name, size in self.weights.items()},
+            cached={f"{prefix}.{name}": sizes for name, sizes in self.cached.items()},
+        )
 
     def merge(self, other: Report) -> None:
         """Take in the report of another graph of the same model; its records replace those of the same GEMM."""

@@ -35,8 +35,12 @@ def _router(site: Site, context: Context) -> str | None:
     return "router logits" if context.recipe.keep_routers and site.parameter in context.routers else None
 
 
+def _made(site: Site, context: Context) -> str | None:
+    return "it makes a weight: no input of the model reaches it" if site.makes_weight else None
+
+
 def _glob(site: Site, context: Context) -> str | None:
-    glob = context.recipe.kept_by(site.path, site.role) or context.recipe.kept_by(site.parameter, site.role)
+    glob = context.kept_by(site)
     return f"keep={glob!r}" if glob else None
 
 
@@ -72,7 +76,7 @@ def _kept_blocks(recipe: Recipe) -> str:
     return " and ".join(part for part, applies in parts.items() if applies)
 
 
-_REASONS_TO_KEEP = (_head, _router, _glob, _depth)
+_REASONS_TO_KEEP = (_head, _router, _made, _glob, _depth)
 
 
 def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) -> str | None:
@@ -82,6 +86,8 @@ def _obstacle(site: Site, specs: dict[str, Operand | None], context: Context) ->
             return f"it lies in a graph of its own within {site.node.target}, which no pass rewrites"
         remedy = FUSED_LAYERS.get(site.node.target)
         return f"the op {site.node.target} hides its GEMM from the graph" + (f"; {remedy}" if remedy else "")
+    if site.gathered:
+        return "each token multiplies a copy of its own of one of a stack of matrices, in a form that is not grouped"
     for name, spec in specs.items():
         if spec is None:
             continue
@@ -119,7 +125,7 @@ def _annotate(site: Site, context: Context) -> None:
         site.reason = reason(site, context) or ""
         if site.reason:
             return
-    rule = context.recipe.rule_for(site.path, site.role)
+    rule = context.rule_for(site, site.role)
     specs = {name: spec for name, spec in rule.operands.items() if spec} if rule else {}
     if not specs:
         site.reason = f"recipe {context.recipe.name!r} leaves {site.role} GEMMs here in high precision"

@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from fp4compile.graph import find_sites, flops, runs_on_data
+from fp4compile.graph import GEMM_OPS, find_sites, flops, is_backward, runs_on_data
 from fp4compile.pipeline import Context
 from fp4compile.routers import find_routers
+
+CONVOLUTION = torch.ops.aten.convolution.default
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,16 @@ class FindSites:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph = graph_module.graph
-        context.sites = find_sites(graph, context.parameters)
+        context.sites = find_sites(graph, context.parameters, context.buffers)
         for site in context.sites:
             site.flops = flops(site)
+        if not context.parameters and not context.sites and any(node.target in GEMM_OPS for node in graph.nodes):
+            context.notes.append(
+                "a graph multiplies matrices and reads no nn.Parameter, by which weights are known: it stays as it is"
+            )
+        forward = [n for n in graph.find_nodes(op="call_function", target=CONVOLUTION) if not is_backward(n)]
+        if forward:
+            context.notes.append(f"{len(forward)} convolutions stay in high precision: recipes are for linear GEMMs")
         unknown = sum(runs_on_data(site) for site in context.sites)
         if unknown:
             context.notes.append(

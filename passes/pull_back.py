@@ -34,7 +34,7 @@ _OPTIONS = ("scale_rule", "block_2d", "tensor_scale")
 def _owner(site: Site, context: Context) -> Site | None:
     """The forward GEMM of a backward one, if it is FP4; raises where a clip mask would be lost."""
     owner = forward_of(site, context.sites)
-    rule = context.recipe.rule_for(site.path, "forward")
+    rule = context.rule_for(site, "forward")
     if owner is None and rule and any(spec.clip_mask for spec in rule.operands.values() if spec):
         raise RewriteError(
             f"recipe {context.recipe.name!r} asks for a clip mask, but it is not certain which forward GEMM the "
@@ -69,10 +69,11 @@ def _rewrite(graph: Graph, site: Site, context: Context) -> bool:
     ndim = site.node.meta["val"].dim()
     features = ndim - 2 if first else ndim - 1
     original = x if spec.clip_mask else None
-    with graph.inserting_after(site.node):
-        if original is not None and axis % ndim != features:
+    if original is not None and axis % ndim != features:
+        with graph.inserting_before(site.node):
             order = [*range(ndim - 2), ndim - 1, ndim - 2]
             original = call(graph, torch.ops.aten.permute.default, (original, order), site.node)
+    with graph.inserting_after(site.node):
         given = {name: option for name, option in options.items() if option is not None}
         pulled = call(graph, BACKWARD, (site.node, original, format, features), site.node, **given)
     site.node.replace_all_uses_with(pulled, delete_user_cb=lambda user: user is not pulled)

@@ -167,7 +167,7 @@ class Regroup:
 
     def run(self, graph_module: GraphModule, context: Context) -> int:
         graph, done = graph_module.graph, 0
-        rewriter = _Rewriter(graph, data_flow(graph, context.parameters).weights)
+        rewriter = _Rewriter(graph, data_flow(graph, context.parameters, context.buffers).weights)
         builds = {aten.bmm.default: rewriter.product, **dict.fromkeys(_PUTS, rewriter.gradient)}
         for node in list(graph.nodes):
             build = builds.get(node.target) if node.op == "call_function" else None

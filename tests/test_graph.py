@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -312,18 +314,107 @@ def _of_a_buffer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("make", "roles"), [(_masked, "forward wgrad"), (_of_a_buffer, "forward")])
-def test_a_linear_module_is_one_whatever_its_weight_is_made_of(make: Callable[[], nn.Module], roles: str) -> None:
+def test_a_masked_weight() -> None:
+    """It is computed from a parameter and a buffer."""
+    masked = [(role, path, "a.weight_orig") for role, path, _ in expect(a="forward wgrad")]
+    assert sites(_masked(), X) == masked + expect(b="forward dgrad wgrad")
+
+
+def test_a_masked_weight_outside_of_a_linear_module() -> None:
     """It would stay in high precision, and the report would not say so."""
-    assert sites(make(), X) == expect(a=roles, b="forward dgrad wgrad")
+    model = Model(lambda m, x: m.b(F.linear(x, m.a.weight * m.mask)))
+    model.register_buffer("mask", (randn(64, 64) > 0).float())
+    assert sites(model, X) == expect(a="forward wgrad", b="forward dgrad wgrad")
+
+
+def test_a_linear_module_is_one_whatever_its_weight_is_made_of() -> None:
+    """It would stay in high precision, and the report would not say so."""
+    assert sites(_of_a_buffer(), X) == expect(a="forward", b="forward dgrad wgrad")
+
+
+def statuses(model: nn.Module, *inputs: Tensor) -> dict[tuple[str, str, str], str]:
+    """(role, path, parameter) -> status, of a training step."""
+    report = fp4compile.explain(model, inputs, "hif4-plain", train=True, backend="reference")
+    return {(s.role, s.path, s.parameter): s.status for s in report.sites}
 
 
 def test_a_normed_weight() -> None:
-    """Spectral norm divides it by what buffers and the weight make; their products are GEMMs with a weight too."""
+    """Spectral norm divides it by what buffers and the weight make; those products are no layers, and are kept."""
     model = Model(lambda m, x: m.b(m.a(x)))
     nn.utils.parametrizations.spectral_norm(model.a)
-    found = [site for site in sites(model, X) if "parametrizations" not in site[1]]
-    assert found == expect(a="forward wgrad", b="forward dgrad wgrad")
+    found = statuses(model, X)
+    weight = "a.parametrizations.weight.original"
+    fp4 = {("forward", "a", weight), ("wgrad", "a", weight), *expect(b="forward dgrad wgrad")}
+    assert {key for key, status in found.items() if status == "fp4"} == fp4
+    assert {path for (_, path, _), status in found.items() if status == "kept"} == {"a.parametrizations.weight.0"}
+
+
+def test_products_that_make_a_weight_are_kept() -> None:
+    """B A of a merged LoRA; the layer that reads it is a site like any other."""
+    model = Model(lambda m, x: m.b(F.linear(x, m.a.weight + m.B @ m.A)))
+    model.A, model.B = nn.Parameter(randn(8, 64)), nn.Parameter(randn(64, 8))
+    assert statuses(model, X) == {
+        **{(role, "", "A"): "kept" for role in ALL},
+        **dict.fromkeys(expect(a="forward wgrad", b="forward dgrad wgrad"), "fp4"),
+    }
+
+
+def _cross_attention(m: Model, x: Tensor) -> Tensor:
+    return m.b((m.a(m.tokens) @ x.mT).softmax(-1) @ x)
+
+
+def _normed_tokens(m: Model, x: Tensor) -> Tensor:
+    return m.b(F.layer_norm(m.a(m.tokens), (64,), m.a.bias) @ x.mT @ x)
+
+
+@pytest.mark.parametrize("run", [_cross_attention, _normed_tokens])
+def test_a_layer_on_learned_tokens(run: Callable[[Model, Tensor], Tensor]) -> None:
+    """What it makes depends on parameters alone and is no weight: attention's own products are no sites."""
+    model = Model(run)
+    model.tokens = nn.Parameter(randn(1, 8, 64))
+    assert sites(model, randn(1, 16, 64)) == expect(a="forward dgrad wgrad", b="forward dgrad wgrad")
+
+
+def test_a_product_of_positions_and_a_parameter() -> None:
+    """The relative positions of XLNet: what attention multiplies with is no weight."""
+    model = Model(lambda m, x: m.b((x @ (torch.arange(8)[:, None].expand(8, 64).sin() @ m.r).mT).softmax(-1) @ m.a(x)))
+    model.r = nn.Parameter(randn(64, 64))
+    found = sites(model, randn(8, 64))
+    assert [role for role, _, parameter in found if parameter == "r"] == ["forward", "wgrad"]
+    assert len(found) == 2 + len(expect(a="forward wgrad", b="forward dgrad wgrad"))
+
+
+def test_learned_tokens_of_a_multi_head_attention() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(randn(1, 8, 64))
+            self.attend = nn.MultiheadAttention(64, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(self.tokens, x, x)[0]
+
+    found = sites(Pool(), randn(1, 16, 64))
+    assert {parameter for _, _, parameter in found} == {"attend.in_proj_weight", "attend.out_proj.weight"}
+    assert sorted(role for role, _, p in found if "in_proj" in p) == ["dgrad", "forward", "forward", "wgrad", "wgrad"]
+
+
+def test_weights_that_each_token_picks_are_refused() -> None:
+    """In the forms that `regroup` knows they are grouped; in any other they would stay unseen."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(randn(4, 64, 32))
+
+        def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+            return torch.einsum("td,tkdh->tkh", x, self.up[expert])
+
+    inputs = (X.clone().requires_grad_(), torch.tensor([[0, 1], [1, 2], [3, 0], [1, 1]]))
+    report = fp4compile.explain(Experts(), inputs, "hif4-plain", train=True)
+    assert sorted(s.role for s in report.sites) == ["dgrad", "forward", "wgrad"]
+    assert {(s.status, s.kind, s.parameter) for s in report.sites} == {("refused", "grouped", "up")}
+    assert all("copy of its own" in s.reason for s in report.sites)
 
 
 def test_tensors_in_the_place_of_parameters() -> None:
@@ -524,9 +615,10 @@ def test_torchs_fused_layers_are_reported() -> None:
     """torch's encoder layers are one op in evaluation without gradients."""
     layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).eval()
     x = randn(2, 4, 64)
-    (site,) = fp4compile.explain(layer, x, "hif4-plain").sites
-    assert (site.path, site.status) == ("self_attn", "refused")
-    assert "set_fastpath_enabled(False)" in site.reason
+    refused = fp4compile.explain(layer, x, "hif4-plain").sites
+    weights = {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
+    assert {site.parameter for site in refused} == weights
+    assert all(site.status == "refused" and "set_fastpath_enabled(False)" in site.reason for site in refused)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         assert sites(layer, x, train=False) == [
@@ -537,6 +629,31 @@ def test_torchs_fused_layers_are_reported() -> None:
         ]
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_bilinear_layer_is_reported() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Bilinear(8, 8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.both(x, x)
+
+    (site,) = fp4compile.explain(Two(), randn(4, 8), "hif4-plain").sites
+    assert (site.path, site.status) == ("both", "refused")
+    assert "_trilinear" in site.reason
+
+
+@pytest.mark.slow
+def test_max_pooling_is_captured() -> None:
+    """Its decomposition needs a part of Inductor that nothing else has imported."""
+    code = (
+        "import torch, fp4compile; from torch import nn;"
+        "m = nn.Sequential(nn.MaxPool1d(2), nn.Linear(8, 8));"
+        "print(fp4compile.explain(m, torch.randn(2, 16), 'hif4-plain').count('fp4'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 def test_a_gemm_hidden_in_an_op_of_another_library_is_reported() -> None:

@@ -328,7 +328,7 @@ def test_a_loop_over_experts_that_dynamo_leaves_to_python_is_reported() -> None:
     report = fp4compile.explain(build(Loop), randn(50, 64), "hif4-plain", train=True)
     found = {(s.parameter, s.kind, s.status) for s in report.sites}
     assert found == {("up", "grouped", "refused"), ("down", "grouped", "refused"), ("gate.weight", "linear", "refused")}
-    assert "capture_dynamic_output_shape_ops = True" in report.notes[0]
+    assert any("capture_dynamic_output_shape_ops = True" in note for note in report.notes)
 
 
 def test_modules_in_a_loop_are_found_through_the_graph_that_they_share() -> None:

@@ -286,6 +286,88 @@ def test_the_report_merges_the_graphs_of_one_model() -> None:
     assert len(report.sites) == 6
 
 
+class _Loop(nn.Module):
+    """A graph break in a loop: Dynamo leaves such a function to Python as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+class _Parts(nn.Module):
+    """A layer, two modules of one class that Dynamo makes a graph of each, and a function that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks, self.loop = nn.Linear(32, 32), nn.ModuleList(_Broken() for _ in range(2)), _Loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.loop(x)
+
+
+def test_the_report_of_a_model_in_pieces_knows_their_places() -> None:
+    """A graph of a block serves those of its class; what no graph holds is refused."""
+    model = compiled(build(_Parts))
+    step(model, randn(5, 32))
+    report = fp4compile.last_report()
+    blocks = {f"blocks.*.{name}" for name in ("before", "after")}
+    assert {s.path: s.status for s in report.sites if s.role == "forward"} == {
+        **dict.fromkeys(blocks, "fp4"),
+        **dict.fromkeys(("first", "loop.layers.0", "loop.layers.1"), "refused"),
+    }
+    assert {s.parameter for s in report.sites if s.status == "fp4"} == {f"{path}.weight" for path in blocks}
+    assert blocks == {name.removesuffix(".weight") for name in report.weights}
+
+
+class _Inner(nn.Module):
+    """A graph break before the only block, so that the graph starts there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Mlp(32, 32, 32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.block(x)
+
+
+def test_globs_are_of_the_whole_model_where_graphs_start_within_it() -> None:
+    """A warning that one matches no module would be an error here."""
+    step(compiled(build(_Inner), keep=["block.first", "wgrad:block.third.weight"]), randn(5, 32))
+    kept = {key for key, status in statuses().items() if status == "kept"}
+    assert kept == {
+        ("block.first", "forward"),
+        ("block.first", "dgrad"),
+        ("block.first", "wgrad"),
+        ("block.third", "wgrad"),
+    }
+
+
+def test_one_graph_for_modules_that_the_recipe_treats_differently_is_an_error() -> None:
+    with pytest.raises(RewriteError, match=r"share one graph.*blocks\.0, blocks\.1"):
+        step(compiled(build(_Parts), keep=["blocks.0.*"]), randn(5, 32))
+    step(compiled(build(_Parts), keep=["blocks.*.before"]), randn(5, 32))
+    assert statuses()["blocks.*.before", "forward"] == "kept"
+
+
+def test_a_model_without_a_graph_is_told_from_the_one_before() -> None:
+    note = "what was compiled since the last graph and has none is not in this report"
+    step(compiled(build(Mlp)), randn(13, 70))
+    assert note not in fp4compile.last_report().notes
+    step(compiled(build(_Loop)), randn(5, 32))
+    assert note in fp4compile.last_report().notes
+    assert any("a function is no graph at all" in each for each in fp4compile.last_report().notes)
+
+
 def test_a_recompilation_does_not_double_the_sites() -> None:
     model = compiled(build(Mlp))
     step(model, randn(13, 70))

@@ -43,3 +43,18 @@ def test_names_embeddings() -> None:
 def test_products_of_activations_are_no_sites() -> None:
     captured = trace(lambda q, k, v: torch.bmm(torch.bmm(q, k.mT), v), *[randn(2, 8, 64)] * 3).until("find_sites")
     assert captured.sites == []
+
+
+def test_a_graph_of_plain_tensors_alone_is_noted() -> None:
+    """A tensor that requires a gradient may be an input as well as a weight."""
+    plain = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32)).until("find_sites")
+    assert any("reads no nn.Parameter" in note for note in plain.context.notes)
+    named = trace(lambda x, w: x @ w, randn(4, 64), randn(64, 32), parameters="w").until("find_sites")
+    assert not named.context.notes
+
+
+def test_convolutions_are_noted() -> None:
+    """A convolution with a kernel of one is a linear layer, and stays as it is."""
+    captured = capture(nn.Sequential(nn.Conv1d(16, 16, 1), nn.Linear(64, 32)), [randn(2, 16, 64)]).until("find_sites")
+    assert {site.path for site in captured.sites} == {"1"}
+    assert [note for note in captured.context.notes if note.startswith("1 convolutions stay")]

@@ -64,6 +64,27 @@ def test_gradients_by_hand(forward: Operand, again: Operand | None) -> None:
     assert captured.text == text
 
 
+class Columns(nn.Module):
+    """A layer on some columns of a weight, as a shard of a row-parallel one: its wgrad comes out as [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(48, 128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight[:, :64])
+
+
+def test_a_gradient_in_the_other_layout_by_hand() -> None:
+    captured = capture(Columns(), [randn(40, 64).requires_grad_()], recipe(MASKED, AGAIN)).until("stabilise")
+    weight, _, _ = captured.inputs()
+    before = captured.execute()[1][:, :64]
+    assert captured.run("pull_back") == 2
+    options = {"scale_rule": "gaussian", "hadamard": 32, "transformed": True}
+    expected = OPS["quantize_backward"].reference(before, weight[:, :64], "mxfp4", 1, **options)
+    assert same_bits([captured.execute()[1][:, :64]], [expected])
+
+
 def test_only_the_operand_with_a_mask_is_clipped() -> None:
     captured = linear(recipe(FORWARD, AGAIN, weight=MASKED))
     captured.run("pull_back")
