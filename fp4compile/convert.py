@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -278,9 +279,12 @@ class _Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point matrix."""
-        dtypes = [e.dtype for e in self.entries.values() if e.dtype in DTYPES and len(e.shape) > 1]
-        return dtypes[0] if dtypes else torch.float32
+        """Of most of the floating-point matrices, by their elements: some checkpoints hold a few in fp32."""
+        sizes = dict.fromkeys(DTYPES, 0)
+        for entry in self.entries.values():
+            if entry.dtype in sizes and len(entry.shape) > 1:
+                sizes[entry.dtype] += math.prod(entry.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _source(model_or_path: Any) -> _Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from copy import deepcopy
@@ -128,6 +129,13 @@ def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     finally:
         hook.remove()
     return model.eval()
+
+
+def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps a tensor in fp32 when it loads the model in `dtype`, by the model's own lists."""
+    strict, in_fp16 = (getattr(model, f"_keep_in_fp32_modules{which}", None) or () for which in ("_strict", ""))
+    globs = {torch.float16: (*strict, *in_fp16), torch.bfloat16: strict}.get(dtype, ())
+    return any(re.search(glob.replace("*", ".*"), name) for glob in globs)
 
 
 def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:

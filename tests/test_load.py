@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fp4compile
@@ -258,21 +259,58 @@ def test_folders_that_are_refused(folder, tmp_path):
         fp4compile.load(tmp_path / "nowhere")
     with pytest.raises(FP4ValueError, match=r"has no fp4compile\.json"):
         fp4compile.load(tmp_path)
-    with pytest.raises(FP4TypeError, match="allowed: fp32, bf16, fp16"):
-        fp4compile.load(folder(), dtype=torch.int8)
+    with pytest.raises(FP4TypeError, match=r"cannot load as 'bf16'; allowed: torch\.float32, torch\.bfloat16"):
+        fp4compile.load(folder(), dtype="bf16")
+    with pytest.raises(FP4ValueError, match="cannot load to device 'banana': "):
+        fp4compile.load(folder(), device="banana")
     (tmp_path / "fp4compile.json").write_text("{")
     with pytest.raises(FP4ValueError, match="malformed JSON"):
         fp4compile.load(tmp_path)
 
 
-def test_missing_tensors_are_named(folder):
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_missing_tensors_are_named(folder, device):
     path = folder() / "model.safetensors"
     tensors = load_file(path)
     save_file({k: v.clone() for k, v in tensors.items() if k != f"{PATH}.codes"}, path)
-    with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes"):
-        fp4compile.load(path.parent)
+    with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes$"):
+        fp4compile.load(path.parent, device=device)
+
+
+def test_to_the_meta_device(converted):
+    loaded = fp4compile.load(converted("llama", "hif4-w4a16"), device="meta")
+    assert all(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+# --- checkpoints of several dtypes ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_few_matrices_of_another_dtype_do_not_decide(tmp_path):
+    """One dtype for all, as transformers has it: an fp32 head cannot multiply fp16 activations."""
+    made = copy.deepcopy(model("bert")).half()
+    made.cls.predictions.transform.dense.float()
+    made.bert.embeddings.LayerNorm.float()
+    made.save_pretrained(tmp_path / "model")
+    fp4compile.convert(tmp_path / "model", "hif4-w4a16", out=tmp_path / "out", keep=["cls.*"])
+    loaded = fp4compile.load(tmp_path / "out")
+    assert {t.dtype for t in loaded.state_dict().values() if t.is_floating_point()} == {torch.float16}
+    assert loaded(tokens()).logits.dtype == torch.float16
+    assert next(iter(packed_layers(loaded).values())).weight.dtype == torch.float16
+
+
+@torch.no_grad()
+def test_what_transformers_keeps_in_fp32_stays_so(tmp_path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 96}
+    made = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    made.save_pretrained(tmp_path / "model")
+    fp4compile.convert(tmp_path / "model", "hif4-w4a16", out=tmp_path / "out", keep=["encoder.*"])
+    loaded = fp4compile.load(tmp_path / "out", dtype=torch.float16)
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float16)
+    for path, module in reference.named_modules():
+        if isinstance(module, nn.Linear):
+            assert loaded.get_submodule(path).weight.dtype == module.weight.dtype, path
+    assert loaded(input_ids=tokens(), decoder_input_ids=tokens()).logits.dtype == torch.float16
 
 
 # --- slow ------------------------------------------------------------------------------------------------------------
