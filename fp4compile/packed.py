@@ -126,6 +126,7 @@ class PackedLayer(nn.Module):
 
     def _given(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activation [..., in], fake-quantised where the row says so, and the tensor scale left for the product."""
+        x = _autocast(x)
         spec = self.packed.input
         if spec is None:
             return x, None
@@ -134,7 +135,7 @@ class PackedLayer(nn.Module):
         scale = None
         if spec.scaled_per_tensor:
             rule = spec.scale_rule
-            scale = torch.ops.fp4compile.tensor_scale(x, spec.format, -1, spec.hadamard, scale_rule=rule)
+            scale = torch.ops.fp4compile.tensor_scale(x.detach(), spec.format, -1, spec.hadamard, scale_rule=rule)
         x = torch.ops.fp4compile.fake_quantize(
             x,
             spec.format,
@@ -180,11 +181,19 @@ class PackedLayer(nn.Module):
         return f"format={row.weight.format}{blocks}{given}"
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """The activation as autocast, where it is on, would hand it to a linear layer."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 class PackedLinear(PackedLayer):
     """A linear layer on a packed weight.
 
-    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype, accumulated in fp32. The
-    activation is fake-quantised first where the row says so.
+    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype (in autocast's, where that is on),
+    accumulated in fp32. The activation is fake-quantised first where the row says so.
 
     Attributes:
         bias: [out] or None.

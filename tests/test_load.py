@@ -199,11 +199,24 @@ def test_square_blocks():
     assert "block_2d=True" in repr(made)
 
 
-def test_gradients_reach_the_input():
-    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4")))
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+def test_gradients_reach_the_input(given):
+    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
     x = torch.randn(3, 64, requires_grad=True)
     made(x).sum().backward()
     torch.testing.assert_close(x.grad, made.weight.sum(0).expand(3, 64))
+
+
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+@torch.no_grad()
+def test_autocast_is_that_of_a_linear_layer(given):
+    made, linear = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, like = made(x), linear(x)
+    assert got.dtype == like.dtype == torch.bfloat16
+    assert torch.equal(got, made(x.bfloat16()))
+    assert made(x).dtype == torch.float32
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
