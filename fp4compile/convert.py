@@ -32,7 +32,7 @@ from fp4compile import recipe as recipes
 from fp4compile.checkpoint import WEIGHTS, Entry
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 from fp4compile.files import check_parents
-from fp4compile.packed import PackedWeight
+from fp4compile.packed import PackedLayer, PackedWeight
 from fp4compile.plan import decide, tied_names
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -161,8 +161,13 @@ def _check(item: _Item, shape: tuple[int, ...], what: str) -> None:
 
 def _check_equal(first: Entry, all_of_it: Sequence[Entry], keys: list[str], where: str) -> None:
     others = [entry for entry in all_of_it if entry is not first]
-    if not all(o.shape == first.shape and torch.equal(first.read(), o.read()) for o in others):
+    if not all((o.dtype, o.shape) == (first.dtype, first.shape) and _same_bits(first.read(), o.read()) for o in others):
         raise FP4ValueError(f"{where}: the configuration ties {' and '.join(keys)}, but their values differ")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same; a NaN equals itself."""
+    return torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -298,11 +303,16 @@ def _source(model_or_path: Any) -> _Source:
         raise FP4TypeError(
             "convert takes a transformers model or the folder of one, not a " + type(model_or_path).__name__
         )
-    config = deepcopy(model_or_path.config)
-    if getattr(config, "quantization_config", None):
-        raise FP4ValueError(f"{type(model_or_path).__name__} is quantised already; convert the original")
-    config.architectures = [type(model_or_path).__name__]
-    cls = hf.model_class(type(model_or_path).__name__, "the model's class")
+    config, name = deepcopy(model_or_path.config), type(model_or_path).__name__
+    if getattr(config, "quantization_config", None) or any(isinstance(m, PackedLayer) for m in model_or_path.modules()):
+        raise FP4ValueError(f"{name} is quantised already; convert the original")
+    hollow = [n for n, t in model_or_path.state_dict().items() if t.is_meta]
+    if hollow:
+        raise FP4ValueError(
+            f"{hollow[0]!r} of {name} is on the meta device and holds no values: load the whole model into memory"
+        )
+    config.architectures = [name]
+    cls = hf.model_class(name, "the model's class")
     return _Source(model_or_path, config, cls, checkpoint.from_module(model_or_path))
 
 

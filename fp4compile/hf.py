@@ -80,9 +80,9 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def model_class(name: str | None, where: str) -> type:
+def model_class(name: Any, where: str) -> type:
     """The transformers model class of that name; anything else is an error."""
-    found = getattr(transformers(), name, None) if name else None
+    found = getattr(transformers(), name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers().PreTrainedModel)):
         raise FP4ValueError(f"{where}: {name!r} is no model class of transformers {transformers().__version__}")
     return found
@@ -90,7 +90,9 @@ def model_class(name: str | None, where: str) -> type:
 
 def class_of(config: Any, folder: Path) -> type:
     """The class that config.json names as the one that was saved."""
-    names = getattr(config, "architectures", None) or [None]
+    names = getattr(config, "architectures", None)
+    if not names:
+        raise FP4ValueError(f"{folder / CONFIG} does not name the model's class: add it as 'architectures'")
     return model_class(names[0], str(folder / CONFIG))
 
 
@@ -211,7 +213,10 @@ def write_companions(origin: Any, config: Any, out: Path) -> None:
         return
     config.save_pretrained(out)
     if origin.can_generate():
-        origin.generation_config.save_pretrained(out)
+        try:
+            origin.generation_config.save_pretrained(out)
+        except ValueError as error:  # settings that contradict each other
+            raise FP4ValueError(f"transformers does not save the model's generation_config: {error}") from error
 
 
 def read_generation_config(model: Any, folder: Path) -> None:

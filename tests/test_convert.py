@@ -1,5 +1,6 @@
 """`convert`: what is decided, what is written, and that nothing is left behind when something is wrong."""
 
+import copy
 import importlib
 import json
 import struct
@@ -16,10 +17,10 @@ from torch import nn
 
 import fp4compile
 from fp4compile import hf
-from fp4compile.checkpoint import Writer, from_file, from_folder
+from fp4compile.checkpoint import Writer, from_file, from_folder, from_module
 from fp4compile.convert import MANIFEST, TARGETS
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import PackedWeight
+from fp4compile.packed import PackedWeight, replaced
 from fp4compile.recipe import Operand, Recipe, Rule
 from tests.models import model
 
@@ -421,6 +422,10 @@ def test_folders_that_are_none(folder, tmp_path):
     nameless = folder(lambda t: t, "nameless")
     config = json.loads((nameless / "config.json").read_text())
     (nameless / "config.json").write_text(json.dumps(config | {"architectures": ["Nobody"]}))
+    unnamed = folder(lambda t: t, "unnamed")
+    (unnamed / "config.json").write_text(json.dumps(config | {"architectures": []}))
+    numbered = folder(lambda t: t, "numbered")
+    (numbered / "config.json").write_text(json.dumps(config | {"architectures": [3]}))
     packed = folder(lambda t: t, "packed")
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     broken = folder(lambda t: t, "broken")
@@ -431,12 +436,42 @@ def test_folders_that_are_none(folder, tmp_path):
         (pickled, "Pickled weights"),
         (cut, "not a whole safetensors file"),
         (nameless, "'Nobody' is no model class"),
+        (numbered, "3 is no model class"),
+        (unnamed, "does not name the model's class: add it as 'architectures'"),
         (packed, r"quantised already \(gptq\)"),
         (broken, "config.json"),
     ):
         with pytest.raises(FP4ValueError, match=message):
             fp4compile.convert(source, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_without_values_or_without_weights(small, tmp_path):
+    hollow, packed = small(Small), small(Small)
+    hollow.second.to("meta")
+    packed.first = replaced(packed.first, PackedWeight((64, 64), 1, Operand("hif4")))
+    for made, message in (
+        (hollow, r"'second\.weight' of Small is on the meta device"),
+        (packed, "Small is quantised already; convert the original"),
+    ):
+        with pytest.raises(FP4ValueError, match=message):
+            plan(made, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_that_transformers_does_not_save(tmp_path):
+    made = copy.deepcopy(model("llama"))
+    made.generation_config.temperature = 0.5
+    with pytest.raises(FP4ValueError, match=r"does not save the model's generation_config: (.|\n)*temperature"):
+        hf.write_companions(made, made.config, tmp_path)
+
+
+def test_tied_weights_may_hold_nan(tmp_path):
+    made = copy.deepcopy(model("llama"))
+    made.lm_head.weight.data[0, 0] = float("nan")
+    meta = hf.meta_model(type(made), made.config, torch.float32)
+    (item,) = (i for i in CONVERT._match(meta, {}, from_module(made), "here") if i.name == "model.embed_tokens.weight")
+    assert item.tensors()[item.name].isnan().sum() == 1
 
 
 # --- arguments and files -----------------------------------------------------------------------------------------
@@ -560,6 +595,23 @@ def test_writer_insists_on_its_layout(tmp_path):
         writer.write("a", torch.zeros(2).half())
     with pytest.raises(FP4ValueError, match="not written: b"), Writer(tmp_path / "x", layout) as writer:
         writer.write("a", torch.zeros(2))
+
+
+def test_indices_that_disagree_with_their_shards(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("a", "b"):
+        save_file({name: torch.zeros(2), "both": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    for shard_of, message in (
+        ({"a": "a.safetensors", "b": "b.safetensors"}, r"b\.safetensors and another shard .* both hold 'both'"),
+        ({"a": "a.safetensors", "c": "a.safetensors"}, "names 'c', which no shard holds"),
+        ({"a": "c.safetensors"}, r"names 'c\.safetensors', which does not lie beside it"),
+        ({"a": 3}, "names 3, which does not lie beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": shard_of}))
+        with pytest.raises(FP4ValueError, match=message):
+            from_folder(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))  # a tensor that the index leaves out is read
+    assert set(from_folder(tmp_path)) == {"a", "both"}
 
 
 def test_indices_cannot_leave_their_folder(tmp_path):
