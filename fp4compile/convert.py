@@ -31,7 +31,7 @@ from fp4compile import checkpoint, hf
 from fp4compile import recipe as recipes
 from fp4compile.checkpoint import WEIGHTS, Entry
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
-from fp4compile.files import check_parents
+from fp4compile.files import check_writable
 from fp4compile.packed import PackedLayer, PackedWeight
 from fp4compile.plan import decide, tied_names
 from fp4compile.recipe import Recipe
@@ -238,7 +238,7 @@ def _manifest(
 def _check_out(out: Path, source: Any, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FP4ValueError(f"output {str(out)!r} exists and is no folder")
-    check_parents(out.resolve())
+    check_writable(out)
     if isinstance(source, Path) and out.resolve() == source.resolve():
         raise FP4ValueError(f"output {str(out)!r} is the model's own folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:

@@ -1,7 +1,11 @@
 """The command line, run in-process: what each command prints, and how it refuses."""
 
+import errno
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
 import warnings
 
@@ -303,6 +307,48 @@ def test_other_errors_are_not_hidden(monkeypatch):
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+def test_what_cannot_be_written_is_one_line(model, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("fp4compile.files.write_atomically", full)
+    message = refusal("opt", model, "-p", "canonicalise", "-o", tmp_path / "graph.txt")
+    assert message == f"error: No space left on device: '{tmp_path / 'graph.txt'}'"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "no permission to write in" in refusal("opt", model, "-o", tmp_path / "graph.txt")
+
+
+def test_names_are_neither_markup_nor_pictures(tmp_path):
+    path = tmp_path / "mine.toml"
+    rule = '[[rule]]\nrole = "forward"\nmodules = "a.[0-3]"\nweight = {format = "hif4"}\n'
+    path.write_text(f'name = "[/z] [bold]x"\n{rule}')
+    assert "recipe [/z] [bold]x" in output("recipes", path) and "a.[0-3]" in output("recipes", path)
+    assert "fp4compile: [/z] [bold]x" in fp4compile.Report("[/z] [bold]x", "inductor", "cpu").to_text()
+    path.write_text('name = "x"' + "\n" * 99 + "nobody = 1\n" + rule)
+    assert "mine.toml:100: key 'nobody'" in " ".join(run("recipes", path).stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_conversion_leaves_nothing(tmp_path, number):
+    """The command stops itself where it has begun to write weights."""
+    lines = [
+        "import os, signal, sys, transformers",
+        "from fp4compile import checkpoint, cli",
+        "sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)",
+        "transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained('model')",
+        f"checkpoint.Writer.write = lambda *_: (print(os.listdir()), os.kill(os.getpid(), {int(number)}))",
+        "sys.argv = ['fp4compile', 'convert', 'model', '-o', 'out']",
+        "cli.main()",
+    ]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, env=paths, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert ".out." in done.stdout and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_messages_name_flags_and_drop_advice(monkeypatch):
     def refuse():
         raise FP4ValueError("[a] failed; pass strict=False\n\nSet TORCHDYNAMO_VERBOSE=1")
@@ -357,6 +403,19 @@ def test_opt_writes_a_file(model, tmp_path):
     arguments = ("opt", model, "-p", "canonicalise")
     assert output(*arguments, "-o", tmp_path / "graph.txt") == ""
     assert (tmp_path / "graph.txt").read_text() == output(*arguments)
+
+
+def test_opt_writes_where_a_link_leads_and_into_a_pipe(model, tmp_path):
+    """The null device, written to by root, stays a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("new.txt")
+    arguments = ("opt", model, "-p", "canonicalise", "-o")
+    assert output(*arguments, tmp_path / "link") == ""
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new.txt").read_text().startswith("# graph 1")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert output(*arguments, tmp_path / "pipe") == ""
+    assert os.read(reader, 1 << 16).startswith(b"# graph 1") and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

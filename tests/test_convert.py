@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import os
 import struct
 import sys
 from dataclasses import replace
@@ -532,6 +533,14 @@ def test_an_output_below_a_file_and_a_converted_source(small, tmp_path, monkeypa
     monkeypatch.setattr(CONVERT, "decide", None)  # before any work
     with pytest.raises(FP4ValueError, match="file' is no folder"):
         plan(made, tmp_path / "file" / "out")
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path == there)  # a mount point in a folder of root's
+    with pytest.raises(TypeError, match="NoneType"):  # the work that the others do not come to
+        plan(made, there)
+    for where in (tmp_path / "new" / "out", tmp_path / "out"):
+        with pytest.raises(FP4ValueError, match="no permission to write in"):
+            plan(made, where, overwrite=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk on fire"), KeyboardInterrupt()])
