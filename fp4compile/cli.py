@@ -43,18 +43,25 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        raise SystemExit(128 + number)
+
     # Stopped from outside, a command removes what it has begun to write, as after Ctrl-C; nohup's choice stands.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # tables hold signs that an ASCII terminal lacks
-    app(prog_name="fp4compile")
-
-
-def _stop(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
+    try:
+        app(prog_name="fp4compile")
+    except Exception as error:
+        if stopped:  # code in C that was stopped raises an error of its own
+            raise SystemExit(128 + stopped[0]) from error
+        raise
 
 
 def _print_version(wanted: bool) -> None:
