@@ -217,6 +217,23 @@ def _load(model: str, **request: Any) -> Source:
         return load(model, Request(**request))
 
 
+@contextmanager
+def _capturing(model: str) -> Iterator[None]:
+    """Blame the model for what its own code raises on its example inputs, but not for what a pass does."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    from fp4compile.errors import FP4TypeError, FP4ValueError
+    from fp4compile.explain import failure
+
+    try:
+        with _busy("capturing the model"):
+            yield
+    except (FP4ValueError, FP4TypeError, BackendCompilerFailed):
+        raise
+    except Exception as error:
+        raise FP4ValueError(f"{model} does not run on its example inputs: {failure(error)}") from error
+
+
 def _check_names(recipe: str, backend: str) -> None:
     """Fail on a wrong name before a model is built."""
     from fp4compile.backend import get_backend
@@ -246,7 +263,7 @@ def explain(
 
     _check_names(recipe, backend)
     source = _load(model, batch=batch, sequence=sequence, train=train, trust_pickle=trust_pickle)
-    with _busy("capturing the model"):
+    with _capturing(model):
         report = explain_model(
             source.module, source.example_inputs, recipe, train=train, backend=backend, keep=keep or ()
         )
@@ -371,7 +388,7 @@ def opt(
     _check_names(recipe, backend)
     printer = _Printer(names, print_between)
     source = _load(model, batch=batch, sequence=sequence, train=train, trust_pickle=trust_pickle)
-    with _busy("capturing the model"):
+    with _capturing(model):
         report = explain_model(
             source.module,
             source.example_inputs,

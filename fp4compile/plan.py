@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from fp4compile import experts, source
 from fp4compile.backend import No
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.explain import LINEARS, explain
+from fp4compile.explain import LINEARS, explain, failure
 from fp4compile.graph import Site, origin
 from fp4compile.ops import OPS
 from fp4compile.packed import PackedWeight
@@ -191,10 +191,9 @@ def _capture(model: nn.Module, inputs: dict[str, Any], recipe: Recipe, plan: _Pl
     except (FP4ValueError, FP4TypeError):
         raise
     except Exception as error:  # whatever the model's own code raises on these inputs
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FP4ValueError(
-            f"cannot capture {type(model).__name__} on the meta device with inputs {', '.join(inputs)}: {reason}. "
-            "Other example_inputs may do"
+            f"cannot capture {type(model).__name__} on the meta device with inputs {', '.join(inputs)}: "
+            f"{failure(error)}. Other example_inputs may do"
         ) from error
 
 

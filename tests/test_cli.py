@@ -40,6 +40,19 @@ def build():
 
 def lone():
     return Net()
+
+
+def wide():
+    return Net(), (torch.ones(4, 65),)
+
+
+class Fails(Net):
+    def forward(self, x):
+        raise KeyError("[mine]")
+
+
+def fails():
+    return Fails(), (torch.ones(4, 64),)
 """
 
 COMMANDS = ["explain", "convert", "opt", "formats", "recipes", "backends"]
@@ -298,6 +311,20 @@ def test_debug_shows_the_traceback(model):
     assert result.exit_code == 2
     assert "Traceback" in result.stderr and "resolve" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: unknown recipe 'hif5'")
+
+
+@pytest.mark.parametrize("command", ["explain", "opt"])
+def test_a_model_that_fails_is_blamed_on_one_line(model, command):
+    wide, fails = (refusal(command, model.replace("build", name)) for name in ("wide", "fails"))
+    assert "net.py:wide does not run on its example inputs: RuntimeError('" in wide and "[4, 65]" in wide
+    assert wide.endswith("net.py:13)")
+    assert fails.endswith("net.py:fails does not run on its example inputs: KeyError: '[mine]'")
+
+
+def test_a_pass_that_fails_is_not_blamed_on_the_model(model, monkeypatch):
+    monkeypatch.setattr(sys.modules["fp4compile.explain"], "copy_graph", lambda graph: 1 / 0)
+    result = run("explain", model)
+    assert result.exit_code == 1 and "ZeroDivisionError" in str(result.exception)
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
