@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,18 +25,22 @@ CONFIG = "config.json"
 _COMPANIONS = (
     CONFIG,
     "generation_config.json",
-    "preprocessor_config.json",
+    "*preprocessor_config.json",
     "processor_config.json",
+    "audio_tokenizer_config.json",
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
-    "vocab.json",
+    "vocab*.json",
     "vocab.txt",
     "merges.txt",
-    "spiece.model",
+    "bpe.codes",
+    "normalizer.json",
+    "sp*.model",
     "sentencepiece*.model",
+    "*.spm",
     "*.tiktoken",
     "LICENSE*",
 )
@@ -217,6 +222,18 @@ def write_companions(origin: Any, config: Any, out: Path) -> None:
             origin.generation_config.save_pretrained(out)
         except ValueError as error:  # settings that contradict each other
             raise FP4ValueError(f"transformers does not save the model's generation_config: {error}") from error
+
+
+def refuse_saving(model: Any, folder: Path) -> None:
+    """Make `save_pretrained` an error: of what it wrote, `from_pretrained` would fill the packed layers at random."""
+    model.save_pretrained = partial(_not_saved, str(folder))
+
+
+def _not_saved(folder: str, *_: Any, **__: Any) -> None:
+    raise FP4ValueError(
+        "transformers would write packed weights that neither it nor fp4compile.load reads: "
+        f"copy the folder {folder!r}, or save the state_dict"
+    )
 
 
 def read_generation_config(model: Any, folder: Path) -> None:

@@ -120,9 +120,13 @@ def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
         expected = tuple(places[name][0].tensor.shape)
         if expected != entry.shape:
             raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
+        place = places[name][0].tensor
+        cast = place.is_floating_point() and entry.dtype.is_floating_point and not name.endswith(".tensor_scale")
+        if not cast and entry.dtype != place.dtype:
+            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {place.dtype}")
         tensor = entry.read().to(device)
-        if tensor.is_floating_point() and not name.endswith(".tensor_scale"):
-            tensor = tensor.to(torch.float32 if hf.kept_in_fp32(model, name, dtype) else places[name][0].tensor.dtype)
+        if cast:
+            tensor = tensor.to(torch.float32 if hf.kept_in_fp32(model, name, dtype) else place.dtype)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for place in places[name]:
             place.held[place.name] = parameter if place.is_parameter else tensor
@@ -154,7 +158,7 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
 
     Returns:
         The transformers model in eval mode, parameters frozen; each packed layer is a `PackedLinear`, and each packed
-        stack of experts a `PackedStack`.
+        stack of experts a `PackedStack`. `save_pretrained` refuses: what is kept is the folder, or the state dict.
 
     Raises:
         FP4ValueError: no converted model, an unknown version or format, a tensor missing or of another shape, no such
@@ -184,4 +188,5 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
             module._buffers[name] = None if buffer is None else buffer.to(target)
     install_kernels()
     hf.read_generation_config(model, folder)
+    hf.refuse_saving(model, folder)
     return model

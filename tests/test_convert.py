@@ -40,7 +40,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def folder(name: str) -> Path:
         model(name).save_pretrained(root / name)
-        (root / name / "tokenizer_config.json").write_text("{}")
+        for file in ("tokenizer_config.json", "video_preprocessor_config.json", "spm.model", "source.spm", "bpe.codes"):
+            (root / name / file).write_text("{}")
         (root / name / "modeling_custom.py").write_text("raise SystemExit")
         return root / name
 
@@ -115,7 +116,8 @@ def test_every_linear_but_the_head_is_packed_and_ties_are_stored_once(converted)
 def test_companion_files_travel_and_code_does_not(converted, saved):
     out = converted("llama", "hif4-w4a16").path
     assert {f.name for f in out.iterdir()} == {
-        *("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST)
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST),
+        *("video_preprocessor_config.json", "spm.model", "source.spm", "bpe.codes"),
     }
     assert (out / "config.json").read_bytes() == (saved("llama") / "config.json").read_bytes()
 

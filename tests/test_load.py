@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def test_state_dict_round_trips(converted):
         tensor.zero_()
     second.load_state_dict(state)
     assert torch.equal(first(tokens()).logits, second(tokens()).logits)
+
+
+def test_transformers_does_not_save_what_it_would_not_read(converted, tmp_path):
+    folder = converted("llama", "hif4-w4a16")
+    for loaded in (fp4compile.load(folder), copy.deepcopy(fp4compile.load(folder))):
+        with pytest.raises(FP4ValueError, match=f"copy the folder '{folder}'"):
+            loaded.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(again(tokens()).logits, loaded(tokens()).logits)
 
 
 def test_ties_hold_after_loading(converted):
@@ -288,6 +299,16 @@ def test_missing_tensors_are_named(folder, device):
     save_file({k: v.clone() for k, v in tensors.items() if k != f"{PATH}.codes"}, path)
     with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes$"):
         fp4compile.load(path.parent, device=device)
+
+
+@pytest.mark.parametrize(("part", "dtype"), [("codes", torch.int8), ("scales", torch.float32)])
+def test_codes_and_scales_of_another_dtype_are_named(folder, part, dtype):
+    path = folder() / "model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(path).items()}
+    tensors[f"{PATH}.{part}"] = tensors[f"{PATH}.{part}"].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(FP4ValueError, match=rf"'{PATH}\.{part}' has dtype {dtype}, expected torch\.u?int"):
+        fp4compile.load(path.parent)
 
 
 def test_to_the_meta_device(converted):
