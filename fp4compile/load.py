@@ -120,13 +120,13 @@ def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
         expected = tuple(places[name][0].tensor.shape)
         if expected != entry.shape:
             raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
-        place = places[name][0].tensor
-        cast = place.is_floating_point() and entry.dtype.is_floating_point and not name.endswith(".tensor_scale")
-        if not cast and entry.dtype != place.dtype:
-            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {place.dtype}")
+        own = places[name][0].tensor
+        cast = own.is_floating_point() and entry.dtype.is_floating_point and not name.endswith(".tensor_scale")
+        if not cast and entry.dtype != own.dtype:
+            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {own.dtype}")
         tensor = entry.read().to(device)
         if cast:
-            tensor = tensor.to(torch.float32 if hf.kept_in_fp32(model, name, dtype) else place.dtype)
+            tensor = tensor.to(torch.float32 if hf.kept_in_fp32(model, name, dtype) else own.dtype)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for place in places[name]:
             place.held[place.name] = parameter if place.is_parameter else tensor
