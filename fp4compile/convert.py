@@ -32,7 +32,7 @@ from fp4compile import recipe as recipes
 from fp4compile.checkpoint import WEIGHTS, Entry
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
 from fp4compile.files import check_writable
-from fp4compile.packed import PackedLayer, PackedWeight
+from fp4compile.packed import DTYPES, PackedLayer, PackedWeight
 from fp4compile.plan import decide, tied_names
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -40,8 +40,6 @@ from fp4compile.report import Report
 MANIFEST = "fp4compile.json"
 # Raised when a reader of the old layout would misread the new one.
 VERSION = 1
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -356,7 +354,8 @@ def convert(
     model = hf.meta_model(given.cls, given.config, given.dtype)
     report, weights = decide(model, example_inputs, resolved, strict)
     if not weights:
-        report.notes.append("no weight was packed: the recipe keeps every GEMM of this model")
+        none = "no GEMM that it asks for can be" if report.count("refused") else "it keeps every GEMM of this model"
+        report.notes.append(f"no weight was packed by recipe {resolved.name!r}: {none}")
     items = _match(model, weights, given.entries, given.name)
     report.weights = _packed_bytes(items)
     real = out.resolve()  # where a link leads, perhaps to another file system

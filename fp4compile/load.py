@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fp4compile import checkpoint, experts, hf
 from fp4compile.checkpoint import WEIGHTS
-from fp4compile.convert import DTYPES, MANIFEST, VERSION
+from fp4compile.convert import MANIFEST, VERSION
 from fp4compile.dispatch import install_kernels
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import PackedLayer, PackedWeight, replaced
+from fp4compile.packed import DTYPES, PackedLayer, PackedWeight, replaced
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from fp4compile.recipe import Operand
 
 PARTS = ("codes", "scales", "tensor_scale")
 
+# Of what a packed layer takes, and of the weights that are packed.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -127,6 +130,8 @@ class PackedLayer(nn.Module):
     def _given(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activation [..., in], fake-quantised where the row says so, and the tensor scale left for the product."""
         x = _autocast(x)
+        if x.dtype not in DTYPES:
+            raise FP4TypeError(f"{type(self).__name__} takes fp32, bf16 or fp16, not {x.dtype}")
         spec = self.packed.input
         if spec is None:
             return x, None

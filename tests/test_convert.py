@@ -218,6 +218,11 @@ def plan(made: Any, out: Path, recipe: Any = "hif4-w4a16", **options: Any) -> fp
     return fp4compile.convert(made, recipe, out=out, example_inputs=inputs, **options)
 
 
+def test_a_conversion_that_packs_nothing_says_so(small, tmp_path):
+    artifact = plan(small(Small), tmp_path / "out", keep=["*"])
+    assert "no weight was packed by recipe 'hif4-w4a16': it keeps every GEMM of this model" in artifact.report.notes
+
+
 def test_keep_globs_stay(small, tmp_path):
     artifact = plan(small(Small), tmp_path / "out", keep=["sec*"])
     assert set(manifest(artifact.path)["weights"]) == {"first"}
@@ -317,6 +322,8 @@ def test_a_weight_that_cannot_be_packed_is_refused(small, tmp_path, cls, reason)
     assert "strict=False" in str(error.value) and not any(tmp_path.iterdir())
     artifact = plan(made, tmp_path / "out", strict=False)
     assert set(manifest(artifact.path)["weights"]) == {"first"} and artifact.report.count("refused") == 1
+    artifact = plan(made, tmp_path / "out", strict=False, keep=["first"], overwrite=True)
+    assert "no weight was packed by recipe 'hif4-w4a16': no GEMM that it asks for can be" in artifact.report.notes
 
 
 def test_an_embedding_is_never_packed(small, tmp_path):

@@ -180,6 +180,14 @@ def test_any_shape_and_any_rank(format, shape):
         torch.testing.assert_close(made(x), nn.functional.linear(x, dense, linear.bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_activations_of_other_dtypes_are_refused(given, dtype):
+    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
+    with pytest.raises(FP4TypeError, match=f"PackedLinear takes fp32, bf16 or fp16, not {dtype}"):
+        made(torch.ones(3, 64, dtype=dtype))
+
+
 @torch.no_grad()
 def test_a_hadamard_recipe_transforms_both_operands():
     spec = Operand("mxfp4", hadamard=32)
