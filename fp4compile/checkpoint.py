@@ -115,13 +115,18 @@ def from_folder(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def from_module(model: nn.Module) -> dict[str, Entry]:
-    """The tensors of a module's state dict."""
+def of_tensor(tensor: Tensor) -> Entry:
+    """A tensor in memory."""
 
-    def give(tensor: Tensor) -> Tensor:
+    def give() -> Tensor:
         return tensor
 
-    return {n: Entry(t.dtype, tuple(t.shape), partial(give, t)) for n, t in model.state_dict().items()}
+    return Entry(tensor.dtype, tuple(tensor.shape), give)
+
+
+def from_module(model: nn.Module) -> dict[str, Entry]:
+    """The tensors of a module's state dict."""
+    return {name: of_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 def stacked(parts: Sequence[Sequence[Entry]], axis: int) -> Entry | None:

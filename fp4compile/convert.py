@@ -110,7 +110,11 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
         found = {n: next((c for c in _candidates(n, model.base_model_prefix) if c in source), "") for n in names}
         keys = {n: key for n, key in found.items() if key}
         if not keys:
-            missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
+            made = hf.computed(model, names[0])
+            if made is not None:
+                items.append(_Item(names[0], checkpoint.of_tensor(made)))
+            else:
+                missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
             continue
         name = next(iter(keys))
         item = _Item(name, source[keys[name]], plan.get(names[0]))

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fp4compile import experts
@@ -161,6 +161,17 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
             new = step.rename_source_key(new)[0]
         found[name] = new
     return found
+
+
+def computed(model: Any, name: str) -> Tensor | None:
+    """A tensor that transformers computes and does not save (Marian's sinusoids); None of any other."""
+    if name not in (getattr(model, "_keys_to_ignore_on_save", None) or ()):
+        return None
+    path, _, attribute = name.rpartition(".")
+    module = deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+    model._init_weights(module)
+    tensor: Tensor = getattr(module, attribute).detach()
+    return tensor
 
 
 @dataclass(frozen=True)

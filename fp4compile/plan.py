@@ -102,14 +102,14 @@ class _Plan:
         if site.specs.get("weight") is None:
             return No("only its activation is to be quantised; a packed layer needs an FP4 weight")
         owners = {n.rpartition(".")[0]: n.rpartition(".")[2] for n in self.tied.get(name, [])}
-        for path, attribute in owners.items():
-            reason = self._unpackable(path, attribute)
-            if reason is not None:
-                return No(reason)
         quantize = _quantize_of(site.operand("weight"))
         args: Any = quantize.args if quantize else (None,)
         if not owners or context.parameters.get(args[0]) != site.parameter:
             return No(f"its weight is computed in the graph from {site.parameter!r}, not read")
+        for path, attribute in owners.items():
+            reason = self._unpackable(path, attribute)
+            if reason is not None:
+                return No(reason)
         shape = tuple(map(int, args[0].meta["val"].shape))
         weight, given = (_nearest(site.specs.get(n)) for n in ("weight", "input"))
         assert weight is not None

@@ -476,6 +476,17 @@ def test_settings_that_transformers_does_not_save(tmp_path):
         hf.write_companions(made, made.config, tmp_path)
 
 
+def test_what_transformers_computes_and_does_not_save(tmp_path):
+    sizes = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    made = transformers.MarianMTModel(transformers.MarianConfig(**sizes, max_position_embeddings=8))
+    made.save_pretrained(tmp_path)
+    meta = hf.meta_model(type(made), made.config, torch.float32)
+    items = {item.name: item for item in CONVERT._match(meta, {}, from_folder(tmp_path), "here")}
+    for name in ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"):
+        assert name not in from_folder(tmp_path)
+        assert torch.equal(items[name].tensors()[name], made.state_dict()[name])
+
+
 def test_tied_weights_may_hold_nan(tmp_path):
     made = copy.deepcopy(model("llama"))
     made.lm_head.weight.data[0, 0] = float("nan")
