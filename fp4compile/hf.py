@@ -249,13 +249,18 @@ def _not_saved(folder: str, *_: Any, **__: Any) -> None:
 
 def read_generation_config(model: Any, folder: Path) -> None:
     """Give a loaded model the generation settings that lie beside it."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if not model.can_generate() or not path.is_file():
+        return
+    try:
         model.generation_config = transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise FP4ValueError(f"{path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def known_dtype(name: Any, where: str) -> torch.dtype:
     """The dtype that a file names; floating-point ones only."""
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise unknown(f"dtype in {where}:", name, allowed)
     return allowed[name]

@@ -38,6 +38,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(data.get("weights"), dict):
         raise FP4ValueError(f"{path}: 'weights' must be a table")
+    if not isinstance(data.setdefault("extra", []), list):
+        raise FP4ValueError(f"{path}: 'extra' must be a list")
     return data
 
 
@@ -179,7 +181,7 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
     dtype = dtype or hf.known_dtype(manifest.get("dtype"), where)
     model = hf.skeleton(cls, config, dtype)
     _pack_modules(model, rows, where)
-    _fill(model, folder / WEIGHTS, target, dtype, list(manifest.get("extra", [])))
+    _fill(model, folder / WEIGHTS, target, dtype, manifest["extra"])
     for path, module in model.named_modules():
         if isinstance(module, PackedLayer):
             module.dtype = torch.float32 if hf.kept_in_fp32(model, f"{path}.weight", dtype) else dtype

@@ -10,7 +10,7 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -414,6 +414,6 @@ def resolve(recipe: str | Path | Recipe, keep: Any = ()) -> Recipe:
         raise FP4TypeError(f"recipe must be a name, a .toml path or a Recipe, got {type(recipe).__name__}")
     if RECIPES.presets.get(found.name) != found:
         found.warn_if_biased()
-    if isinstance(keep, str) or not all(isinstance(glob, str) for glob in keep):
+    if isinstance(keep, str) or not isinstance(keep, Iterable) or not all(isinstance(glob, str) for glob in keep):
         raise FP4TypeError(f"keep must be a list of globs, got {keep!r}")
     return replace(found, keep=(*found.keep, *keep)) if keep else found

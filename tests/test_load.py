@@ -268,6 +268,8 @@ PATH = "model.layers.0.mlp.down_proj"
         ({"weights": {"nobody": {}}}, "weight of 'nobody': malformed"),
         ({"architecture": "os"}, "'os' is no model class"),
         ({"dtype": "float8"}, "unknown dtype in .*'float8'"),
+        ({"dtype": ["float32"]}, "unknown dtype in"),
+        ({"extra": None}, "'extra' must be a list"),
         ({"weights": {}}, "the model has no tensor"),
     ],
 )
@@ -282,6 +284,14 @@ def test_unknown_formats_and_modules_are_named(folder):
         fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"format": "fp5"}}))
     with pytest.raises(FP4ValueError, match="the model has no module 'nobody'"):
         fp4compile.load(folder(weights=good | {"nobody": good[PATH]}))
+    for change in ({"axis": 1.0}, {"axis": "1"}, {"shape": ["a", 2]}, {"shape": "64"}):
+        with pytest.raises(FP4ValueError, match="a packed weight is a matrix packed along axis 0 or 1"):
+            fp4compile.load(folder(weights=good | {PATH: good[PATH] | change}))
+    for name, value in (("block_2d", 0), ("hadamard", 0.0), ("requantise", "no")):
+        with pytest.raises(FP4ValueError, match=f"malformed description.*{name} is {value!r}"):
+            fp4compile.load(folder(weights=good | {PATH: good[PATH] | {name: value}}))
+    with pytest.raises(FP4TypeError, match="LlamaForCausalLM has no weight of shape"):
+        fp4compile.load(folder(weights=good | {"": good[PATH]}))
     with pytest.raises(FP4TypeError, match="no weight of shape"):
         fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"shape": [80, 64]}}))
 
@@ -295,6 +305,9 @@ def test_folders_that_are_refused(folder, tmp_path):
         fp4compile.load(folder(), dtype="bf16")
     with pytest.raises(FP4ValueError, match="cannot load to device 'banana': "):
         fp4compile.load(folder(), device="banana")
+    (folder() / "generation_config.json").write_text("{")
+    with pytest.raises(FP4ValueError, match=r"generation_config\.json: It looks like"):
+        fp4compile.load(tmp_path)
     (tmp_path / "fp4compile.json").write_text("{")
     with pytest.raises(FP4ValueError, match="malformed JSON"):
         fp4compile.load(tmp_path)

@@ -391,7 +391,7 @@ def test_keep_by_role() -> None:
         resolve("hif4", keep=["x:a"])
 
 
-@pytest.mark.parametrize("keep", ["layers.*", [1], [None]])
+@pytest.mark.parametrize("keep", ["layers.*", [1], [None], None])
 def test_keep_is_a_list_of_globs(keep) -> None:
     with pytest.raises(FP4TypeError, match="keep must be a list of globs"):
         resolve("hif4", keep=keep)
