@@ -19,7 +19,7 @@ from fp4compile.checkpoint import WEIGHTS
 from fp4compile.convert import MANIFEST, VERSION
 from fp4compile.dispatch import install_kernels
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import DTYPES, PackedLayer, PackedWeight, replaced
+from fp4compile.packed import DTYPES, PARTS, PackedLayer, PackedWeight, replaced
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -113,6 +113,8 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
 def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, extra: list[str]) -> None:
     """Give every tensor its stored values, one at a time, in the dtype that transformers gives it; ties hold."""
     places = _places(model)
+    layers = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer)]
+    parts = {f"{path}.{part}" for path in layers for part in PARTS}
     filled: set[int] = set()
     for name, entry in checkpoint.from_file(file).items():
         if name not in places:
@@ -122,13 +124,12 @@ def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
         expected = tuple(places[name][0].tensor.shape)
         if expected != entry.shape:
             raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
-        own = places[name][0].tensor
-        cast = own.is_floating_point() and entry.dtype.is_floating_point and not name.endswith(".tensor_scale")
-        if not cast and entry.dtype != own.dtype:
-            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {own.dtype}")
-        tensor = entry.read().to(device)
-        if cast:
-            tensor = tensor.to(torch.float32 if hf.kept_in_fp32(model, name, dtype) else own.dtype)
+        own = places[name][0].tensor.dtype
+        if name in parts and entry.dtype != own:
+            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {own}")
+        if own.is_floating_point and name not in parts and hf.kept_in_fp32(model, name, dtype):
+            own = torch.float32
+        tensor = entry.read().to(device, own)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for place in places[name]:
             place.held[place.name] = parameter if place.is_parameter else tensor

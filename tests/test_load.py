@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,16 @@ def test_a_few_matrices_of_another_dtype_do_not_decide(tmp_path):
     assert {t.dtype for t in loaded.state_dict().values() if t.is_floating_point()} == {torch.float16}
     assert loaded(tokens()).logits.dtype == torch.float16
     assert next(iter(packed_layers(loaded).values())).weight.dtype == torch.float16
+
+
+def test_tensors_that_are_not_packed_take_the_model_s_dtype(tmp_path):
+    made = nn.BatchNorm1d(2).eval()
+    state = {n: t.to(torch.float16 if t.is_floating_point() else torch.int32) for n, t in made.state_dict().items()}
+    state["num_batches_tracked"] += 7
+    save_file(state, tmp_path / "a.safetensors")
+    sys.modules["fp4compile.load"]._fill(made, tmp_path / "a.safetensors", torch.device("cpu"), torch.float32, [])
+    assert (made.num_batches_tracked.dtype, int(made.num_batches_tracked)) == (torch.int64, 7)
+    assert {t.dtype for t in (*made.parameters(), made.running_mean)} == {torch.float32}
 
 
 @torch.no_grad()
