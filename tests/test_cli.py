@@ -356,7 +356,7 @@ def test_names_are_neither_markup_nor_pictures(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_conversion_leaves_nothing(tmp_path, number):
     """The command stops itself where it has begun to write weights."""
     lines = [
