@@ -25,7 +25,8 @@ def gelu(x):
 @triton.jit
 def gelu_tanh(x):
     """x (1 + tanh(u)) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3)."""
-    return x / (1.0 + tl.exp(-_SQRT_8_OVER_PI * (x + 0.044715 * x * x * x)))
+    # The constant last: Triton's interpreter takes a constant times a tensor for a constant.
+    return x / (1.0 + tl.exp((x + 0.044715 * x * x * x) * -_SQRT_8_OVER_PI))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Triton functions that the kernels of several ops call.
 
-    fp32 and its bits    to_bits, from_bits, pow2, rounded
-    stochastic rounding  next_multiple
+    fp32 and its bits    to_bits, from_bits, pow2, rounded, maximum
+    rounding to a grid   nearest_multiple, next_multiple
     random numbers       philox, in_turn
     a transform          hadamard
     the scale of E8M0    e8m0_exponent
@@ -47,14 +47,42 @@ def rounded(x, dtype: tl.constexpr):
         return x.to(dtype).to(tl.float32)
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(magnitudes, AXIS: tl.constexpr):
+    """The largest of magnitudes along an axis, NaN where one of them is."""
+    if INTERPRETED:  # takes a Python call for each pair; as integers, NaN is larger than every number
+        return from_bits(tl.max(to_bits(magnitudes), axis=AXIS))
+    else:
+        return tl.reduce(magnitudes, AXIS, _larger)
+
+
+# --- rounding to nearest ---------------------------------------------------------------------------------------------
+
+# Added in multiples of a power of two it leaves a sum rounded to half of that power, ties to even.
+_MAGIC = tl.constexpr(1.5 * 2.0**22)
+
+
+@triton.jit
+def nearest_multiple(t, power):
+    """The multiple of power / 2 nearest to t, ties to even, for a power of two and t in [0, 4 power]."""
+    return tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
+
+
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
-# Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power come the multiples of power / 2 only.
+# 2**-25 makes u / 2 of a random number. Two sums rounded up are the ceiling of the exact one; behind 1.5 * 2**22 power
+# come the multiples of power / 2 only.
 _NEXT_MULTIPLE = tl.constexpr("""
 {
-    .reg .f32 s, n;
+    .reg .f32 s, n, m;
     neg.f32 n, $2;
-    fma.rp.f32 s, n, $3, $1;
+    mul.rn.f32 m, $3, 0f33000000;
+    fma.rp.f32 s, n, m, $1;
     fma.rp.f32 s, $3, 0f4AC00000, s;
     fma.rn.f32 $0, $3, 0fCAC00000, s;
 }
@@ -62,18 +90,21 @@ _NEXT_MULTIPLE = tl.constexpr("""
 
 
 @triton.jit
-def next_multiple(t, down, power):
-    """The least multiple of power / 2 that is not below t - down * power, for a power of two and t in [0, 4 power].
+def next_multiple(t, random, power):
+    """The least multiple of power / 2 that is not below t - u * power / 2, for a power of two and t in [0, 4 power].
 
-    With down = u / 2, u in [0, 1), it is the upper neighbour of t on that grid where u < (t - lower) / gap, else the
-    lower one.
+    It is the upper neighbour of t on that grid where u < (t - lower) / gap, else the lower one.
+
+    Args:
+        random: 2**24 u, a whole number below 2**24.
     """
     if INTERPRETED:
         half = power.to(tl.float64) * 0.5
         # t / half - u is exact, but for a t so small that the result is zero, which is positive.
-        return (tl.ceil(t.to(tl.float64) / half - 2.0 * down.to(tl.float64)) * half + 0.0).to(tl.float32)
+        return (tl.ceil(t.to(tl.float64) / half - random.to(tl.float64) * 2.0**-24) * half + 0.0).to(tl.float32)
     else:
-        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", [t, down, power], tl.float32, is_pure=True, pack=1)
+        given = [t, random, power]
+        return tl.inline_asm_elementwise(_NEXT_MULTIPLE, "=f,f,f,f", given, tl.float32, is_pure=True, pack=1)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------
@@ -140,9 +171,9 @@ def hadamard(
         bits = bits.reshape([L, K >> (step + 1), 2, 1 << step])
         # The other of a pair without a copy through memory: xor of both, xor this one.
         other = from_bits(tl.xor_sum(bits, axis=2)[:, :, None, :] ^ bits)
-        # The second of a pair is the first minus itself: its sign is flipped before the one sum.
-        second = tl.arange(0, 2)[None, None, :, None] << 31
-        bits = to_bits(other + from_bits(bits ^ second))
+        # The second of a pair is the first minus itself: one sum of an exact product.
+        sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)[None, None, :, None]
+        bits = to_bits(tl.fma(from_bits(bits), tl.broadcast_to(sign, bits.shape), other))
     y = from_bits(bits).reshape([L, K]) * FACTOR
     if not EVEN:
         # Past the last run there are sums of signed zeros; a block is filled up with positive ones.

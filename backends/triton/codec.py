@@ -198,6 +198,7 @@ def _tile(g: Geometry, scaling: str, run: int, edge: int, columns: Tile) -> tupl
         "COLUMNS": g.columns,
         "EVEN": g.lanes % lanes == 0 and g.size % k == 0,
         "WIDE": g.batch * (g.lanes + lanes) * (g.padded + k) >= 2**31,
+        "BATCHED": g.batch > 1,
     }
     return grid, constants, max(min(lanes * k // tile.per_warp, 8), 1)
 
@@ -372,8 +373,8 @@ def _scaling(
         n = math.prod(shape)
         g = Geometry(1, 1, n, n, False)
         grid, warps = ceil_div(n, _FLAT), 8
-        wide = n + _FLAT >= 2**31
-        tile = {"L": 1, "K": _FLAT, "LOW": 1, "VECTOR": 1, "COLUMNS": False, "EVEN": n % _FLAT == 0, "WIDE": wide}
+        tile = {"L": 1, "K": _FLAT, "LOW": 1, "VECTOR": 1, "COLUMNS": False}
+        tile |= {"EVEN": n % _FLAT == 0, "WIDE": n + _FLAT >= 2**31, "BATCHED": False}
     arguments = {"lanes": g.lanes, "size": g.size, "padded": g.padded, "sign_stream": SIGN_STREAM}
     constants = {**transform(hadamard), **tile, **_producing(shape, producer), "BOTH": both}
     return Launch(_KERNELS, "amax", grid, arguments, constants, warps), _from_maxima(format, grid, 1 + both)

@@ -7,7 +7,7 @@ A lane is one run of elements along the blocked axis. Rows are read along the la
 place: a thread holds LOW consecutive elements of a lane, so that the inner scale levels need no other thread, and
 what looks like a transposition below only renames the dimensions of registers.
 
-fp32 throughout. Maxima are taken on bit patterns as integers, where NaN and Inf are larger than every number.
+fp32 throughout. Maxima of magnitudes keep NaN, whose bits, as those of Inf, are as an integer above every number's.
 Divisions are rounded correctly (`/` would not be); the launch forbids contraction to fused multiply-adds, and those
 that are written have an exact product or correct a division. Nothing reads a format's name.
 """
@@ -19,11 +19,14 @@ import triton.language as tl
 
 from fp4compile.backends.triton.arithmetic import (
     INF,
+    INTERPRETED,
     SIGN,
     e8m0_exponent,
     from_bits,
     hadamard,
     in_turn,
+    maximum,
+    nearest_multiple,
     next_multiple,
     philox,
     pow2,
@@ -38,18 +41,22 @@ _E6M2_MIN = tl.constexpr(2.0**-48)
 
 
 @triton.jit
-def _place(lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+def _place(
+    lanes, size, L: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, BATCHED: tl.constexpr
+):
     """Batch, first lane and first element of this program's tile; neighbours in memory come one after the other."""
-    pid = tl.program_id(0)
+    inside = tl.program_id(0)
     if WIDE:
-        pid = pid.to(tl.int64)
+        inside = inside.to(tl.int64)
     across, along = tl.cdiv(lanes, L), tl.cdiv(size, K)
-    rest = pid // (across * along)
-    inside = pid % (across * along)
+    batch = 0
+    if BATCHED:  # a division takes as long as the quantisation of an element or two
+        batch = inside // (across * along)
+        inside = inside % (across * along)
     if COLUMNS:
-        return rest, inside % across * L, inside // across * K
+        return batch, inside % across * L, inside // across * K
     else:
-        return rest, inside // along * L, inside % along * K
+        return batch, inside // along * L, inside % along * K
 
 
 @triton.jit
@@ -231,7 +238,7 @@ def _uniform(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """u in [0, 1) for a tile, [L, K]. ALIGNED: four elements in a row share a counter."""
+    """2**24 u for a tile, [L, K], with u in [0, 1). ALIGNED: four elements in a row share a counter."""
     lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 4 if ALIGNED else 1)
     index = _index(batch, lane, k, lanes, size, COLUMNS)
     w0, w1, w2, w3 = philox(index >> 2, tl.load(seed_ptr), counter_stream, WIDE)
@@ -241,13 +248,23 @@ def _uniform(
     else:
         words = tl.where(index & 2 == 0, tl.where(index & 1 == 0, w0, w1), tl.where(index & 1 == 0, w2, w3))
     # 24 bits: the conversion from a signed integer is exact, and the one that the hardware has.
-    u = (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-    return _to_lanes(u, L, K, COLUMNS)
+    return _to_lanes((words >> 8).to(tl.int32).to(tl.float32), L, K, COLUMNS)
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
-# Encoders take magnitudes [L, NB, BLOCK] and their maxima's bits [L, NB], and return t = |x| / scale, the scale
-# (broadcastable to the elements) and the stored integer [L, NB].
+# Encoders take magnitudes [L, NB, BLOCK] and their maxima [L, NB], and return t = |x| / scale, the scale and the stored
+# integer [L, NB].
+
+
+@triton.jit
+def _not_finite(largest):
+    return to_bits(largest) >= INF
+
+
+@triton.jit
+def _multiplier(scale, bad, STEP: tl.constexpr):
+    """What the magnitudes of a block are multiplied by, which are in steps."""
+    return tl.where(bad, float("nan"), scale * STEP)
 
 
 @triton.jit
@@ -259,25 +276,31 @@ def _encode_e8m0(mag, amax, up_from, k_max, EMAX: tl.constexpr, STOCHASTIC: tl.c
         t = (mag * pow2(half)[:, :, None]) * pow2(-k - half)[:, :, None]
     else:
         t = mag * pow2(-k)[:, :, None]
-    return t, pow2(k)[:, :, None], k + 127
+    return t, pow2(k), k + 127
 
 
 @triton.jit
-def _quotient(a, b, reciprocal):
-    """a / b rounded correctly, for a reciprocal of b to within an ulp or two and nothing near the ends of the range.
+def _quotient(a, b, reciprocal, STEPS: tl.constexpr):
+    """a / b rounded correctly, for nothing near the ends of the range.
 
-    Each step adds the remainder's quotient; the remainder is exact (Markstein, IBM J. Res. Dev. 34, 1990).
+    Each step adds the remainder's quotient; the remainder is exact (Markstein, IBM J. Res. Dev. 34, 1990). Two are
+    enough with a reciprocal of b to within an ulp or two, and one with that of `_reciprocal` for b of up to four
+    significant bits: a test tries them all.
     """
-    q = a * reciprocal
-    q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
-    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+    if INTERPRETED:  # which rounds the product in `fma`
+        return tl.div_rn(a, b)
+    else:
+        q = a * reciprocal
+        for _ in tl.static_range(STEPS):
+            q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
+        return q
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x to within an ulp or two, for a normal x far from the ends of the range."""
+    """1 / x to within 2**-17 for x of up to four significant bits, far from the ends of the range."""
     y = from_bits(0x7EF311C7 - to_bits(x))  # to 12%; each Newton step squares the error
-    for _ in tl.static_range(3):
+    for _ in tl.static_range(2):
         y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     return y
 
@@ -292,22 +315,22 @@ def _round_e4m3(scale, TRUNCATION_FREE: tl.constexpr):
 
 
 @triton.jit
-def _encode_e4m3(mag, amax, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
-    largest, ts, one = from_bits(amax), 1.0, 1.0
+def _encode_e4m3(mag, largest, ts_ptr, TOP: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
+    ts, one = 1.0, 1.0
     if ts_ptr is not None:
         ts = tl.load(ts_ptr)
         one = tl.div_rn(1.0, ts)
     # Three divisions per block, the ends of the range left out: a maximum that small gives the least scale.
     if (ts_ptr is None) or ((ts > 8.673617379884035e-19) & (ts < 1.152921504606847e18)):  # 2**-60, 2**60
-        scale = _quotient(largest, TOP, 1.0 / TOP)
+        scale = _quotient(largest, TOP, 1.0 / TOP, 1)
         if ts_ptr is not None:
-            scale = _quotient(tl.minimum(scale, 1024.0 * ts), ts, one)
+            scale = _quotient(tl.minimum(scale, 1024.0 * ts), ts, one, 2)
         scale, rounded = _round_e4m3(scale, TRUNCATION_FREE)
-        inverse = _quotient(one, scale, _reciprocal(scale))
+        inverse = _quotient(one, scale, _reciprocal(scale), 1)
     else:
         scale, rounded = _round_e4m3(tl.div_rn(tl.div_rn(largest, TOP), ts), TRUNCATION_FREE)
         inverse = tl.div_rn(one, scale)
-    return mag * inverse[:, :, None], scale[:, :, None], rounded - 960
+    return mag * inverse[:, :, None], scale, rounded - 960
 
 
 @triton.jit
@@ -324,64 +347,82 @@ def _spread(fours, L: tl.constexpr, NB: tl.constexpr):
 
 
 @triton.jit
+def _times(value, power: tl.constexpr, e2, e3):
+    """value [L, NB] times power**(e2 + e3), [L, NB, 8, 2]: selected, because a product takes as long as a choice."""
+    eights = tl.where(e2, (value * power)[:, :, None], value[:, :, None])
+    return tl.where(e3, (eights * power)[:, :, :, None], eights[:, :, :, None])
+
+
+@triton.jit
 def _scaled(
     mag,
     factor,
-    exponent,
+    e2,
+    e3,
     L: tl.constexpr,
     NB: tl.constexpr,
     TRUNCATION_FREE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """t = mag / factor (truncation-free) or mag * factor, times 2**-exponent."""
-    down = pow2(-exponent)
+    """t = mag / factor (truncation-free) or mag * factor, times 2**-(e2 + e3)."""
     if STOCHASTIC:
         # In two roundings as in the reference: values near the least subnormal may round up.
         if TRUNCATION_FREE:
             t = tl.div_rn(mag, tl.broadcast_to(factor[:, :, None], mag.shape))
         else:
             t = mag * factor[:, :, None]
-        t = t * _spread(down, L, NB)
+        t = t * _spread(_times(tl.full([L, NB], 1.0, tl.float32), 0.5, e2, e3), L, NB)
     elif TRUNCATION_FREE:
-        t = tl.div_rn(mag, _spread(factor[:, :, None, None] * pow2(exponent), L, NB))
+        # Magnitudes too small for a right quotient are rounded to zero all the same.
+        inverse = _spread(_times(_reciprocal(factor), 0.5, e2, e3), L, NB)
+        t = _quotient(mag, _spread(_times(factor, 2.0, e2, e3), L, NB), inverse, 1)
     else:
-        t = mag * _spread(factor[:, :, None, None] * down, L, NB)
+        t = mag * _spread(_times(factor, 0.5, e2, e3), L, NB)
     return t
 
 
 @triton.jit
 def _encode_e6m2(
-    mag, s_max, L: tl.constexpr, NB: tl.constexpr, TRUNCATION_FREE: tl.constexpr, STOCHASTIC: tl.constexpr
+    mag,
+    s_max,
+    L: tl.constexpr,
+    NB: tl.constexpr,
+    STEP: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
-    """E6M2 per 64, one exponent bit per 8 and one per 4; the maxima too, which lie within a thread but for the last."""
-    fours = tl.max(to_bits(mag).reshape([L, NB, 8, 2, 4]), axis=4)
-    eights = tl.max(fours, axis=3)
-    amax = tl.max(eights, axis=2)
-    v, v2, v3 = from_bits(amax), from_bits(eights), from_bits(fours)
+    """E6M2 per 64, one exponent bit per 8 and one per 4: t, what `_quantise` returns beside q.
+
+    All maxima lie within a thread but for the last.
+    """
+    v3 = maximum(mag.reshape([L, NB, 8, 2, 4]), 4)
+    v2 = maximum(v3, 3)
+    v = maximum(v2, 2)
     if TRUNCATION_FREE:
         s = tl.minimum(tl.maximum(tl.div_rn(v, 7.0), _E6M2_MIN), s_max)
-        rounded = (to_bits(s) + 0x1FFFFF) >> 21
-        scale = from_bits(rounded << 21)
+        fields = (to_bits(s) + 0x1FFFFF) >> 21
+        scale = from_bits(fields << 21)
         # v / scale > 3.5 in fp32 exactly where v > 3.5 * scale: of a scale of three bits both sides are exact.
         factor = scale
-        e2 = (v2 > 3.5 * scale[:, :, None]).to(tl.int32)
-        e3 = (v3 > (tl.where(e2 == 1, 3.5, 1.75) * scale[:, :, None])[:, :, :, None]).to(tl.int32)
+        e2 = v2 > 3.5 * scale[:, :, None]
+        e3 = v3 > tl.where(e2, 3.5 * scale[:, :, None], 1.75 * scale[:, :, None])[:, :, :, None]
     else:
         # bf16(1/7); the scale and its reciprocal are bf16, the products fp32.
         s = tl.minimum(tl.maximum(_to_bf16(v * 0.142578125), _E6M2_MIN), s_max)
         bits = to_bits(s)
-        rounded = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
-        scale = from_bits(rounded << 21)
-        factor = _to_bf16(tl.div_rn(1.0, scale))
-        e2 = (v2 * factor[:, :, None] >= 4.0).to(tl.int32)
-        e3 = (v3 * factor[:, :, None, None] >= tl.where(e2 == 1, 4.0, 2.0)[:, :, :, None]).to(tl.int32)
-    exponent = e2[:, :, :, None] + e3
-    t = _scaled(mag, factor, exponent, L, NB, TRUNCATION_FREE, STOCHASTIC)
+        fields = (bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21
+        scale = from_bits(fields << 21)
+        # In bf16 as well: the reciprocals of 1, 1.25, 1.5 and 1.75 are far from ties.
+        factor = from_bits((to_bits(_reciprocal(scale)) + 0x8000) & -0x10000)
+        e2 = v2 * factor[:, :, None] >= 4.0
+        e3 = v3 * factor[:, :, None, None] >= tl.where(e2, 4.0, 2.0)[:, :, :, None]
+    t = _scaled(mag, factor, e2, e3, L, NB, TRUNCATION_FREE, STOCHASTIC)
     at = tl.arange(0, 8)
-    second = tl.sum(e2 << (8 + at)[None, None, :], axis=2)
-    third = e3 << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
-    word = rounded - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
-    return t, _spread(scale[:, :, None, None] * pow2(exponent), L, NB), word, amax
+    second = tl.sum(e2.to(tl.int32) << (8 + at)[None, None, :], axis=2)
+    third = e3.to(tl.int32) << (16 + 2 * at[:, None] + tl.arange(0, 2)[None, :])[None, None, :, :]
+    word = fields - 316 + second + tl.sum(tl.sum(third, axis=3), axis=2)
+    bad = _not_finite(v)
+    return t, _spread(_times(_multiplier(scale, bad, STEP), 2.0, e2, e3), L, NB), word, bad
 
 
 @triton.jit
@@ -420,21 +461,19 @@ def _decode(stored, L: tl.constexpr, NB: tl.constexpr, SCALING: tl.constexpr):
 def _round_nearest(t, ELEMENT: tl.constexpr, STEP: tl.constexpr):
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        # 1.5 * 2**23 times the spacing around t: the sum is rounded to that spacing, ties to even.
-        magic = from_bits((to_bits(tl.maximum(t, 1.0)) & INF) + 0x0B400000)
-        return (t + magic) - magic
+        return nearest_multiple(t, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
     else:
         return tl.minimum(tl.floor(tl.fma(t, 1.0 / STEP, 0.5)), 7.0)  # the product is exact: STEP is a power of two
 
 
 @triton.jit
-def _round_stochastic(t, u, ELEMENT: tl.constexpr, STEP: tl.constexpr):
-    """The upper neighbour where u < (t - lower) / gap, gap the distance of both."""
+def _round_stochastic(t, random, ELEMENT: tl.constexpr, STEP: tl.constexpr):
+    """The upper neighbour where u < (t - lower) / gap, gap the distance of both; `random` is 2**24 u."""
     if ELEMENT == "e2m1":
         t = tl.minimum(t, 6.0)
-        return next_multiple(t, u * 0.5, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
+        return next_multiple(t, random, from_bits(to_bits(tl.maximum(t, 1.0)) & INF))
     else:
-        return next_multiple(tl.minimum(t * (1.0 / STEP), 7.0), u * 0.5, tl.full(t.shape, 2.0, tl.float32))
+        return next_multiple(tl.minimum(t * (1.0 / STEP), 7.0), random, tl.full(t.shape, 2.0, tl.float32))
 
 
 @triton.jit
@@ -458,7 +497,7 @@ def _magnitude(code, ELEMENT: tl.constexpr):
 @triton.jit
 def _quantise(
     x,
-    u,
+    random,
     ts_ptr,
     up_from,
     k_max,
@@ -475,25 +514,29 @@ def _quantise(
     TRUNCATION_FREE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite."""
-    bits = to_bits(x).reshape([L, NB, BLOCK]) & 0x7FFFFFFF
-    mag = from_bits(bits)
+    """x [L, NB * BLOCK] -> magnitudes in steps and their multipliers, stored scales, blocks that are not finite.
+
+    Multipliers are broadcastable to the elements; in blocks that are not finite they are NaN.
+    """
+    mag = tl.abs(x).reshape([L, NB, BLOCK])
     if SCALING == "e6m2":
-        t, scale, stored, amax = _encode_e6m2(mag, s_max, L, NB, TRUNCATION_FREE, STOCHASTIC)
+        t, multiplier, stored, bad = _encode_e6m2(mag, s_max, L, NB, STEP, TRUNCATION_FREE, STOCHASTIC)
     else:
-        amax = tl.max(bits, axis=2)
+        largest = maximum(mag, 2)
         if EDGE:
-            square = tl.max(amax.reshape([L // EDGE, EDGE, NB]), axis=1)
-            amax = tl.broadcast_to(square[:, None, :], [L // EDGE, EDGE, NB]).reshape([L, NB])
+            square = maximum(largest.reshape([L // EDGE, EDGE, NB]), 1)
+            largest = tl.broadcast_to(square[:, None, :], [L // EDGE, EDGE, NB]).reshape([L, NB])
         if SCALING == "e8m0":
-            t, scale, stored = _encode_e8m0(mag, amax, up_from, k_max, EMAX, STOCHASTIC)
+            t, scale, stored = _encode_e8m0(mag, to_bits(largest), up_from, k_max, EMAX, STOCHASTIC)
         else:
-            t, scale, stored = _encode_e4m3(mag, amax, ts_ptr, TOP, TRUNCATION_FREE)
+            t, scale, stored = _encode_e4m3(mag, largest, ts_ptr, TOP, TRUNCATION_FREE)
+        bad = _not_finite(largest)
+        multiplier = _multiplier(scale, bad, STEP)[:, :, None]
     if STOCHASTIC:
-        q = _round_stochastic(t, u.reshape([L, NB, BLOCK]), ELEMENT, STEP)
+        q = _round_stochastic(t, random.reshape([L, NB, BLOCK]), ELEMENT, STEP)
     else:
         q = _round_nearest(t, ELEMENT, STEP)
-    return q, scale, stored, amax >= INF
+    return q, multiplier, stored, bad
 
 
 # --- from a tile to its values ---------------------------------------------------------------------------------------
@@ -539,14 +582,16 @@ def _encode(
     """Transform and quantise a tile [L, K]: the values before rounding, and what `_quantise` returns."""
     if HADAMARD:
         x = hadamard(x, k, padded, sign_seed_ptr, sign_stream, L, K, HADAMARD, LOG2, FACTOR, EVEN)
-    u = x
+    random = x
     if STOCHASTIC:
-        u = _uniform(batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE)
-    q, scale, stored, bad = _quantise(
-        x, u, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
+        random = _uniform(
+            batch, lane, k, lanes, padded, seed_ptr, counter_stream, L, K, LOW, VECTOR, COLUMNS, ALIGNED, WIDE
+        )  # fmt: skip
+    q, multiplier, stored, bad = _quantise(
+        x, random, ts_ptr, up_from, k_max, s_max, L, K // BLOCK, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC,
     )  # fmt: skip
-    return x, q, scale, stored, bad
+    return x, q, multiplier, stored, bad
 
 
 @triton.jit
@@ -589,13 +634,12 @@ def _fake_quantise(
     FACTOR: tl.constexpr,
 ):
     """A tile of y = dequantised(quantised(x)) in y's dtype, from a tile x [L, K]."""
-    x, q, scale, _, bad = _encode(
+    x, q, multiplier, _, _ = _encode(
         x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
         up_from, k_max, s_max, L, K, LOW, VECTOR, COLUMNS, EVEN, WIDE, ALIGNED, BLOCK, EDGE,
         SCALING, ELEMENT, STEP, TOP, EMAX, TRUNCATION_FREE, STOCHASTIC, HADAMARD, LOG2, FACTOR,
     )  # fmt: skip
-    scale = tl.where(bad[:, :, None], float("nan"), scale * STEP)
-    y = q * scale
+    y = q * multiplier
     if FOLD:
         y = y * tl.load(ts_ptr)
     y = from_bits(to_bits(y).reshape([L, K]) ^ (to_bits(x) & SIGN))
@@ -631,6 +675,7 @@ def fake_quantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
@@ -649,7 +694,7 @@ def fake_quantize(
     WIDTH: tl.constexpr,
 ):
     """y = dequantised(quantised(x)) in y's dtype."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     _fake_quantise(
         x, y_ptr, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
@@ -683,6 +728,7 @@ def fake_quantize_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALING: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -695,7 +741,7 @@ def fake_quantize_each(
     WIDTH: tl.constexpr,
 ):
     """y_i = dequantised(quantised(i-th result of PRODUCE)), to nearest; of two results y_2_ptr is None."""
-    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip
@@ -754,7 +800,7 @@ def fake_quantize_both(
 
     A program reads its tile once for each, the second time from a cache.
     """
-    _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE)
+    _, row, column = _place(rows, columns, ROWS, COLUMNS, False, WIDE, False)
     x = _read(
         x_ptr, p1, p2, p3, p4, columns, 0, row, column, rows, columns, ROWS, COLUMNS, 1, 1, False, True, PRODUCE
     )  # fmt: skip
@@ -796,6 +842,7 @@ def quantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
@@ -812,7 +859,7 @@ def quantize(
     FACTOR: tl.constexpr,
 ):
     """Codes, as 32-bit words of eight, and scales."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _load(x_ptr, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN)
     x, q, _, stored, bad = _encode(
         x, ts_ptr, seed_ptr, sign_seed_ptr, batch, lane, k, lanes, padded, counter_stream, sign_stream,
@@ -854,6 +901,7 @@ def dequantize(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
     SCALING: tl.constexpr,
@@ -861,7 +909,7 @@ def dequantize(
     STEP: tl.constexpr,
 ):
     """(magnitude * scale) * tensor scale in fp32, rounded once to y's dtype."""
-    batch, lane0, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane0, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     NB: tl.constexpr = K // BLOCK
     lane = lane0 + tl.arange(0, L)[:, None]
     row = batch * lanes + lane
@@ -909,6 +957,7 @@ def amax(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     HADAMARD: tl.constexpr,
     LOG2: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -917,7 +966,7 @@ def amax(
     WIDTH: tl.constexpr,
 ):
     """The bits of the largest finite magnitude of each tile; BOTH: of x before its transform, then of that."""
-    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, padded, L, K, COLUMNS, WIDE, BATCHED)
     x = _read(x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE)
     if BOTH:
         tl.store(partial_ptr + tl.program_id(0), _largest_finite(x))
@@ -957,11 +1006,12 @@ def amax_each(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCHED: tl.constexpr,
     PRODUCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """`amax` of every result of PRODUCE, one behind the other."""
-    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE)
+    batch, lane, k = _place(lanes, size, L, K, COLUMNS, WIDE, BATCHED)
     made = _produced(
         x_ptr, p1, p2, p3, p4, WIDTH, batch, lane, k, lanes, size, L, K, LOW, VECTOR, COLUMNS, EVEN, PRODUCE
     )  # fmt: skip

@@ -23,6 +23,8 @@ from fp4compile.backends.triton.arithmetic import (
     from_bits,
     hadamard,
     in_turn,
+    maximum,
+    nearest_multiple,
     next_multiple,
     philox,
     pow2,
@@ -34,8 +36,6 @@ _ABOVE, _BELOW = (tl.constexpr(getattr(WINDOWS[torch.float8_e4m3fn], side)) for 
 _ABOVE_E5M2, _BELOW_E5M2 = (tl.constexpr(getattr(WINDOWS[torch.float8_e5m2], side)) for side in ("above", "below"))
 _MOST = tl.constexpr(MOST)
 _GROUP, _FLAGGED, _SAMPLES = tl.constexpr(GROUP), tl.constexpr(FLAGGED), tl.constexpr(SAMPLES)
-# 1.5 * 2**22: added in multiples of a power of two e, it leaves a sum rounded to e / 2, ties to even.
-_MAGIC = tl.constexpr(6291456.0)
 
 
 @triton.jit
@@ -306,17 +306,11 @@ def _transform(
 
 
 @triton.jit
-def _larger(a, b):
-    """The maximum, NaN where either is NaN."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _round(x, u, inverse, one, STOCHASTIC: tl.constexpr):
-    """|x| * inverse on the grid of E2M1 times `one`, a power of two, with the sign of x; `u` as `_random` gives it."""
+def _round(x, random, inverse, one, STOCHASTIC: tl.constexpr):
+    """|x| * inverse on the grid of E2M1 times `one`, a power of two, with the sign of x; `random` is 2**24 u."""
     t = tl.minimum(tl.abs(x) * inverse, 6.0 * one)
     power = from_bits(to_bits(tl.maximum(t, one)) & INF)
-    q = next_multiple(t, u * 2.0**-25, power) if STOCHASTIC else tl.fma(power, -_MAGIC, tl.fma(power, _MAGIC, t))
+    q = next_multiple(t, random, power) if STOCHASTIC else nearest_multiple(t, power)
     return from_bits(to_bits(q) | (to_bits(x) & SIGN))
 
 
@@ -380,7 +374,7 @@ def _quantize_axis(
         else:
             x = _transform(x, k0, padded, L, K, HADAMARD, LOG2, FACTOR, SIGNS, EVEN)
         x = x.reshape([L, NB, BLOCK])
-    amax = _amax_of_pairs(loaded, L, NB, COLUMNS) if PAIRS else to_bits(tl.reduce(tl.abs(x), 2, _larger))
+    amax = _amax_of_pairs(loaded, L, NB, COLUMNS) if PAIRS else to_bits(maximum(tl.abs(x), 2))
     bad = amax >= INF
     exponent = e8m0_exponent(amax, up_from, k_max, EMAX)
     lane = lane0 + tl.arange(0, L)

@@ -15,8 +15,8 @@ from fp4compile.backends.triton import grouped_rowwise, rowwise
 from fp4compile.grouped import grouped_mm
 from fp4compile.ops import OPS
 from tests.backends.test_rowwise import PARTS, quantized
-from tests.backends.test_triton_kernels import compiled, meta, moved
-from tests.gpu import interpret_apart, needs_gpu, needs_triton
+from tests.backends.test_triton_kernels import meta, moved
+from tests.gpu import compiled, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 OP = OPS["grouped_mm_rowwise"]

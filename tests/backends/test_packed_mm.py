@@ -326,7 +326,6 @@ def interpret(every: int) -> None:
 
 
 @needs_triton
-@before_triton_3_8
 def test_the_interpreter_agrees_with_the_reference() -> None:
     interpret_apart(__name__, 11)
 

@@ -22,8 +22,8 @@ from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
 from fp4compile.packed import PackedLinear, PackedWeight
 from fp4compile.recipe import Operand
-from tests.backends.test_triton_kernels import compiled, meta, moved
-from tests.gpu import interpret_apart, needs_gpu, needs_triton
+from tests.backends.test_triton_kernels import meta, moved
+from tests.gpu import compiled, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import capture, randn
 
 FORMAT = "mxfp4"

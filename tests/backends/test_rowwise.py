@@ -1,12 +1,12 @@
 """E2M1 operands as FP8 in rows: what the oracle promises, and the Triton kernels against it.
 
-Without a GPU the interpreter runs some of the ops' samples and every kind of kernel is compiled for sm_90.
+Without a GPU the interpreter runs some of the ops' samples, that of PTX some as they are compiled for sm_90, and
+every kind of kernel is compiled.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -22,22 +22,21 @@ from fp4compile import rowwise as oracle
 from fp4compile.backend import Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.inductor import BACKEND
-from fp4compile.backends.triton import rowwise
+from fp4compile.backends.triton import replay, rowwise
 from fp4compile.backends.triton.replay import Replay
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
 from fp4compile.ops import OPS
 from fp4compile.report import Report, SiteRecord
+from tests import ptx
 from tests.backends.test_triton_kernels import (
-    SM_100,
     arguments,
     assert_exact,
     assert_same,
-    compiled,
     meta,
     moved,
 )
-from tests.gpu import interpret_apart, needs_gpu, needs_triton
+from tests.gpu import SM_100, compiled, interpret_apart, needs_gpu, needs_triton, run_compiled
 from tests.helpers import randn
 
 OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
@@ -336,7 +335,7 @@ def interpret_exact() -> None:
 
 @needs_triton
 def test_the_interpreter_has_the_oracles_bits() -> None:
-    interpret_apart(__name__, 17)
+    interpret_apart(__name__, 41)
 
 
 @needs_triton
@@ -345,48 +344,38 @@ def test_the_interpreter_has_the_oracles_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
-# --- assembly, which neither the interpreter nor a CPU runs -----------------------------------------------------------
+def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every n-th sample of a quantisation; here NaN, Inf and bf16 are among them."""
+    monkeypatch.setattr(replay, "run", run_compiled)
+    for sample in islice(OPS[op].samples(), OPERATORS.index(op), None, every):
+        given = arguments(op, sample)
+        assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
 
 
-def _statements(code: str) -> list[list[str]]:
-    """[operation, result, operands ...] of every line but declarations."""
-    lines = (line.strip(" ;") for line in code.splitlines())
-    return [line.replace(",", "").split() for line in lines if line and line[0] not in "{}."]
+@needs_triton
+@pytest.mark.parametrize("op", OPERATORS)
+def test_what_is_compiled_has_the_oracles_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 30, monkeypatch)
 
 
-def _run(code: str, operations: Mapping[str, Callable[..., Any]], given: Sequence[Any], literal: Any) -> Any:
-    """The result of a block of PTX on operands $1, $2, ...; `literal` reads a number."""
-    values = {f"${i}": value for i, value in enumerate(given, 1)}
-    for operation, result, *names in _statements(code):
-        values[result] = operations[operation](*(values[n] if n in values else literal(n) for n in names))
-    return values["$0"]
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPERATORS)
+def test_what_is_compiled_has_the_oracles_bits_on_more_samples(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 2, monkeypatch)
+
+
+# --- assembly ---------------------------------------------------------------------------------------------------------
 
 
 def _float(bits: Tensor) -> Tensor:
     return (bits << 16).to(torch.int32).view(torch.float32)
 
 
-def _bits(x: Tensor) -> Tensor:
-    """bf16's; products of two and sums near 96 e are exact in fp32 or nowhere near a tie."""
-    return x.bfloat16().view(torch.int16).to(torch.int64) & 0xFFFF
-
-
-def _no_nan(which: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda a, b: _bits(which(_float(a), _float(b)))
-
-
-# Of the lower half of each word.
-BF16_PTX: dict[str, Callable[..., Tensor]] = {
-    "abs.bf16x2": lambda a: a & 0x7FFF,
-    "mul.rn.bf16x2": lambda a, b: _bits(_float(a) * _float(b)),
-    "min.bf16x2": _no_nan(torch.fmin),
-    "max.bf16x2": _no_nan(torch.fmax),
-    "and.b32": lambda a, b: a & b,
-    "mov.b32": lambda a: a,
-    "fma.rn.bf16x2": lambda a, b, c: _bits(_float(a) * _float(b) + _float(c)),
-    "shl.b32": lambda a, b: a << b,
-    "lop3.b32": lambda a, b, c, table: a | (b & c),
-}
+def _pairs(x: Tensor) -> np.ndarray[Any, Any]:
+    """Words of bf16 that are alike."""
+    half = x.bfloat16().view(torch.int16).numpy().view("u2").astype("u4")
+    return half | half << 16
 
 
 @needs_triton
@@ -400,16 +389,16 @@ def test_pairs_are_rounded_as_the_oracle_rounds(window: int, dtype: torch.dtype,
     from fp4compile.backends.triton import rowwise_kernels as kernels
 
     x = torch.arange(2**16)[torch.arange(2**16) & 0x7F80 != 0x7F80]
-    inverse, one, six = (_bits(torch.tensor(v)) for v in (2.0**-window, 2.0**shift, 6 * 2.0**shift))
-    low = _run(kernels._ROUND_PAIR.value, BF16_PTX, (x, inverse, one, six), lambda n: torch.tensor(int(n, 0) & 0xFFFF))
-    assert int(low.max()) < 2**16  # nothing reaches the upper half
+    others = (_pairs(torch.full(x.shape, v)) for v in (2.0**-window, 2.0**shift, 6 * 2.0**shift))
+    words = ptx.assembly(kernels._ROUND_PAIR.value, _pairs(_float(x)), *others)
+    assert (words >> 16 == words & 0xFFFF).all()
     t = (_float(x).abs().double() * 2.0 ** (-window - shift)).clamp(max=6)
     grid = torch.tensor(FORMATS["mxfp4"].element.magnitudes, dtype=torch.float64)
     middles = (grid[1:] + grid[:-1]) / 2
     below = (t[:, None] > middles).sum(1)
     code = below + ((t[:, None] == middles).any(1) & (below % 2 == 1))  # a tie goes to the even code
     expected = torch.copysign(grid[code] * 2.0**shift, _float(x).double())
-    got = low.to(torch.int16).view(torch.float16).to(dtype)
+    got = torch.from_numpy(words.astype("u2").view("f2")).to(dtype)
     assert torch.equal(got.view(torch.uint8), expected.to(torch.float32).to(dtype).view(torch.uint8))
 
 
@@ -417,36 +406,17 @@ def test_pairs_are_rounded_as_the_oracle_rounds(window: int, dtype: torch.dtype,
 def test_pairs_of_bad_blocks_are_nan() -> None:
     from fp4compile.backends.triton import rowwise_kernels as kernels
 
-    x, nan = torch.arange(2**16), torch.tensor(0x7FFF)
-    low = _run(kernels._ROUND_PAIR.value, BF16_PTX, (x, nan, nan, nan), lambda n: torch.tensor(int(n, 0) & 0xFFFF))
-    assert (low & 0xFFFF).to(torch.int16).view(torch.float16).isnan().all()
-
-
-def _rounded_up(exact: Fraction) -> Fraction:
-    """To fp32."""
-    near = np.float32(float(exact))
-    while Fraction(float(near)) < exact:
-        near = np.nextafter(near, np.float32(np.inf))
-    while Fraction(float(np.nextafter(near, np.float32(-np.inf)))) >= exact:
-        near = np.nextafter(near, np.float32(-np.inf))
-    return Fraction(float(near))
-
-
-FP32_PTX: dict[str, Callable[..., Fraction]] = {
-    "neg.f32": lambda a: -a,
-    "fma.rp.f32": lambda a, b, c: _rounded_up(a * b + c),
-    "fma.rn.f32": lambda a, b, c: Fraction(float(np.float32(float(a * b + c)))),
-}
+    x, nan = (np.arange(2**16, dtype="u4") * 0x10001, np.full(2**16, 0x7FFF7FFF, "u4"))
+    words = ptx.assembly(kernels._ROUND_PAIR.value, x, nan, nan, nan)
+    assert np.isnan(words.view("f2")).all()
 
 
 @needs_triton
 def test_what_rounds_up_is_the_upper_neighbour_where_the_random_number_is_below_the_fraction() -> None:
     from fp4compile.backends.triton import arithmetic
 
-    def literal(name: str) -> Fraction:
-        return Fraction(struct.unpack(">f", bytes.fromhex(name[2:]))[0])
-
     generator = torch.Generator().manual_seed(0)
+    cases, expected = [], []
     for power in (1.0, 4.0, 2.0**-8):
         tops = torch.rand(60, generator=generator) * (2 * power)
         tiny = torch.tensor([0.0, 2.0**-100, 0.5 * power, power, 1.5 * power * (1 - 2.0**-24), 2.0**-30 * power])
@@ -455,9 +425,11 @@ def test_what_rounds_up_is_the_upper_neighbour_where_the_random_number_is_below_
             lower = t // gap * gap
             at = int((t - lower) / gap * 2**24)  # random numbers around the fraction decide
             for word in {0, 2**24 - 1, *(min(max(at + i, 0), 2**24 - 1) for i in (-1, 0, 1))}:
-                u = Fraction(word, 2**24)
-                got = _run(arithmetic._NEXT_MULTIPLE.value, FP32_PTX, (t, u / 2, Fraction(power)), literal)
-                assert got == (lower + gap if u < (t - lower) / gap else lower)
+                cases.append((t, word, power))
+                expected.append(lower + gap if Fraction(word, 2**24) < (t - lower) / gap else lower)
+    given = np.array([[float(value) for value in case] for case in cases], "f4").T.copy()
+    got = ptx.assembly(arithmetic._NEXT_MULTIPLE.value, *given).view("f4")
+    assert list(map(Fraction, got.tolist())) == expected
 
 
 AXES: dict[str, tuple[int, ...]] = {"columns": (0,), "rows": (1,), "both": (0, 1)}

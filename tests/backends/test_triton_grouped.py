@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp4compile.backends.triton import grouped
 from fp4compile.ops import OPS
-from tests.backends.test_triton_kernels import compiled, meta
-from tests.gpu import interpret_apart, needs_gpu, needs_triton
+from tests.backends.test_triton_kernels import meta
+from tests.gpu import compiled, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 SAMPLES = [s for s in OPS["grouped_mm"].samples() if s["a"].dtype == torch.bfloat16]

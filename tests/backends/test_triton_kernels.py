@@ -1,19 +1,21 @@
 """The Triton kernels against the ops' references: on a GPU, in Triton's interpreter, and compiled for a GPU.
 
-Without a GPU the interpreter runs some of the ops' samples and every kind of kernel is compiled for sm_90. Without
-Triton what is left is that each kernel says so.
+Without a GPU the interpreter runs some of the ops' samples, that of PTX some as they are compiled for sm_90, and
+every kind of kernel is compiled. Without Triton what is left is that each kernel says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from fp4compile.backends.triton.replay import Plan
 from fp4compile.formats import E2M1, FORMATS, S1P2, Element, Format, ScaleLevel
 from fp4compile.ops import OPS
 from fp4compile.producer import FUNCTIONS
-from tests.gpu import ROOT, interpret_apart, needs_gpu, needs_triton
+from tests.gpu import ROOT, SM_90, SM_100, compiled, interpret_apart, needs_gpu, needs_triton, run_compiled
 from tests.helpers import left_to_the_reference
 
 CODECS = (
@@ -249,49 +251,28 @@ def test_the_interpreter_has_the_references_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-}
+def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every n-th sample of an op."""
+    monkeypatch.setattr(replay, "run", run_compiled)
+    for sample in islice(samples(op), list(KERNELS).index(op), None, every):
+        given = arguments(op, sample)
+        assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
+
+
+@needs_triton
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_is_compiled_has_the_references_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 75, monkeypatch)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_is_compiled_has_the_references_bits_on_more_samples(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_some_compiled(op, 4, monkeypatch)
 
 
 Planned = tuple[launch.Launch, dict[str, Any]]
-
-
-SM_90 = 90
-SM_100 = 100  # compiled only: not run on hardware
-
-
-def compiled(planned: launch.Launch, given: Mapping[str, Any], capability: int = SM_90) -> str:
-    """The PTX of a launch for a compute capability, ten times its number."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(launch.kernels(planned.module), planned.kernel)
-    constants = {(kernel.arg_names.index(k),): v for k, v in planned.constants.items()}
-    signature, attributes = dict.fromkeys(planned.constants, "constexpr"), {}
-    for name, value in {**planned.arguments, **given}.items():
-        at = (kernel.arg_names.index(name),)
-        if value is None:
-            signature[name], constants[at] = "constexpr", None
-        elif isinstance(value, Tensor):
-            signature[name], attributes[at] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[at] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
-    options = {"num_warps": planned.num_warps, "enable_fp_fusion": False}
-    result = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert result.asm["cubin"]
-    return result.asm["ptx"]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -366,16 +347,37 @@ def assert_compiles_exactly(launches: list[Planned], capability: int) -> None:
     for planned, given in launches:
         ptx = compiled(planned, given, capability)
         assert_exact(ptx)
-        # Those that are written: with an exact product, of corrected divisions, and in stochastic rounding.
-        of = planned.constants
-        stochastic = any(value for name, value in of.items() if name.startswith("STOCHASTIC"))
-        assert "fma.rn" not in ptx or of["ELEMENT"] == "even" or of["SCALING"] == "e4m3" or stochastic
+        # What names its rounding is not contracted: fused multiply-adds are those that are written.
+        assert not re.search(r"\b(mul|add|sub)\.f32", ptx)
+        # Maxima keep NaN.
+        assert "TOP" not in planned.constants or planned.kernel == "tensor_scale" or "max.NaN.f32" in ptx
 
 
 @needs_triton
 @pytest.mark.parametrize("launches", COMPILED.values(), ids=COMPILED)
 def test_compiles_for_sm_90_without_approximations(launches: Callable[[], list[Planned]]) -> None:
     assert_compiles_exactly(launches(), SM_90)
+
+
+def fused(x: Any, y: Any, z: Any) -> Any:
+    """x y + z rounded once, for sums that 64 significant bits hold: all of those below."""
+    return (x.astype(np.longdouble) * y + z).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no wide floating-point numbers")
+@pytest.mark.parametrize("divisor", [n / 8 for n in range(8, 16)])
+def test_one_correction_divides_by_numbers_of_few_bits(divisor: float) -> None:
+    """The steps of `_quotient` for every mantissa of E4M3, which those of E6M2 and of the largest elements are too, and
+    all of fp32: Triton's interpreter has no fused multiply-add."""
+    a = (torch.arange(2**23, dtype=torch.int32) + 0x3F800000).view(torch.float32).numpy()
+    b, one = np.full(1, divisor, np.float32), np.ones(1, np.float32)
+    newton = (np.int32(0x7EF311C7) - b.view(np.int32)).view(np.float32)
+    for _ in range(2):
+        newton = fused(newton, fused(-b, newton, one), newton)
+    for reciprocal in (newton, one / b):
+        q = a * reciprocal
+        assert (fused(fused(-q, b, a), reciprocal, q) == a / b).all()
 
 
 @needs_triton
