@@ -84,7 +84,8 @@ def from_folder(folder: Path) -> dict[str, Entry]:
     """The tensors of a model folder: one safetensors file, or the shards that an index names.
 
     Raises:
-        FP4ValueError: no safetensors weights, or a shard is missing or cut short.
+        FP4ValueError: no safetensors weights, a shard is missing or cut short, two hold the same tensor, or none holds
+            one that the index names.
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():
@@ -95,24 +96,37 @@ def from_folder(folder: Path) -> dict[str, Entry]:
             "the model again with save_pretrained, which writes safetensors"
         )
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FP4ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
     entries: dict[str, Entry] = {}
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
             raise FP4ValueError(f"{index} names {file!r}, which does not lie beside it")
-        entries |= from_file(folder / file)
+        shard = from_file(folder / file)
+        twice = next(iter(entries.keys() & shard.keys()), None)
+        if twice is not None:
+            raise FP4ValueError(f"{folder / file} and another shard that {index} names both hold {twice!r}")
+        entries |= shard
+    lost = next((name for name in shard_of if name not in entries), None)
+    if lost is not None:
+        raise FP4ValueError(f"{index} names {lost!r}, which no shard holds: the files are not of one model")
     return entries
+
+
+def of_tensor(tensor: Tensor) -> Entry:
+    """A tensor in memory."""
+
+    def give() -> Tensor:
+        return tensor
+
+    return Entry(tensor.dtype, tuple(tensor.shape), give)
 
 
 def from_module(model: nn.Module) -> dict[str, Entry]:
     """The tensors of a module's state dict."""
-
-    def give(tensor: Tensor) -> Tensor:
-        return tensor
-
-    return {n: Entry(t.dtype, tuple(t.shape), partial(give, t)) for n, t in model.state_dict().items()}
+    return {name: of_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 def stacked(parts: Sequence[Sequence[Entry]], axis: int) -> Entry | None:

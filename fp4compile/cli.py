@@ -1,13 +1,16 @@
 """The command line: `fp4compile explain | convert | opt | formats | recipes | backends`.
 
-Results go to stdout; progress, warnings and errors to stderr. A wrong argument or file is one red line and
-exit code 2; `--debug` shows the traceback behind it.
+Results go to stdout; progress, warnings and errors to stderr. A wrong argument or file, or one that cannot be read or
+written, is one red line and exit code 2; `--debug` shows the traceback behind it.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +43,25 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="fp4compile")
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        raise SystemExit(128 + number)
+
+    # Stopped from outside, a command removes what it has begun to write, as after Ctrl-C; nohup's choice stands.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # tables hold signs that an ASCII terminal lacks
+    try:
+        app(prog_name="fp4compile")
+    except Exception as error:
+        if stopped:  # code in C that was stopped raises an error of its own
+            raise SystemExit(128 + stopped[0]) from error
+        raise
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,12 +87,12 @@ def _options(
 
 
 def _stdout() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=WIDTH, emoji=False)
 
 
 def _stderr() -> Console:
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)  # or line 100 of a file, written `:100:`, becomes a picture
 
 
 @contextmanager
@@ -92,7 +113,9 @@ def _readable(debug: bool) -> Iterator[None]:
         warnings.simplefilter("always", FP4Warning)
         try:
             yield
-        except (FP4ValueError, FP4TypeError) as error:
+        except (FP4ValueError, FP4TypeError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # who read the output has seen enough
             if debug:
                 _stderr().print_exception()
             _stderr().print(f"[red]error: {escape(_message(error))}[/]", soft_wrap=True, highlight=False)
@@ -105,6 +128,8 @@ _FLAGS = {"overwrite=True": "--overwrite", "strict=False": "--allow-fallback"}
 
 def _message(error: Exception) -> str:
     text = str(error).strip().partition("\n\n")[0]  # Dynamo adds paragraphs of advice about itself
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {str(error.filename)!r}"
     for option, flag in _FLAGS.items():
         text = text.replace(option, flag)
     return text
@@ -144,7 +169,7 @@ def _busy(what: str) -> Iterator[None]:
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -192,6 +217,23 @@ def _load(model: str, **request: Any) -> Source:
         return load(model, Request(**request))
 
 
+@contextmanager
+def _capturing(model: str) -> Iterator[None]:
+    """Blame the model for what its own code raises on its example inputs, but not for what a pass does."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    from fp4compile.errors import FP4TypeError, FP4ValueError
+    from fp4compile.explain import failure
+
+    try:
+        with _busy("capturing the model"):
+            yield
+    except (FP4ValueError, FP4TypeError, BackendCompilerFailed):
+        raise
+    except Exception as error:
+        raise FP4ValueError(f"{model} does not run on its example inputs: {failure(error)}") from error
+
+
 def _check_names(recipe: str, backend: str) -> None:
     """Fail on a wrong name before a model is built."""
     from fp4compile.backend import get_backend
@@ -221,7 +263,7 @@ def explain(
 
     _check_names(recipe, backend)
     source = _load(model, batch=batch, sequence=sequence, train=train, trust_pickle=trust_pickle)
-    with _busy("capturing the model"):
+    with _capturing(model):
         report = explain_model(
             source.module, source.example_inputs, recipe, train=train, backend=backend, keep=keep or ()
         )
@@ -331,13 +373,13 @@ def opt(
         return
     from fp4compile.errors import FP4ValueError
     from fp4compile.explain import explain as explain_model
-    from fp4compile.files import check_parents, write_atomically
+    from fp4compile.files import check_writable, write_atomically
     from fp4compile.pipeline import default_pipeline
 
     if model is None:
         raise FP4ValueError("name a MODEL, or list the passes with --list")
     if output:
-        check_parents(output)
+        check_writable(output)
         if output.is_dir():
             raise FP4ValueError(f"output {str(output)!r} is a folder; name a file")
     pipeline = default_pipeline()
@@ -346,7 +388,7 @@ def opt(
     _check_names(recipe, backend)
     printer = _Printer(names, print_between)
     source = _load(model, batch=batch, sequence=sequence, train=train, trust_pickle=trust_pickle)
-    with _busy("capturing the model"):
+    with _capturing(model):
         report = explain_model(
             source.module,
             source.example_inputs,

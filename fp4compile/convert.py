@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -30,8 +31,8 @@ from fp4compile import checkpoint, hf
 from fp4compile import recipe as recipes
 from fp4compile.checkpoint import WEIGHTS, Entry
 from fp4compile.errors import FP4TypeError, FP4ValueError, unknown
-from fp4compile.files import check_parents
-from fp4compile.packed import PackedWeight
+from fp4compile.files import check_writable
+from fp4compile.packed import DTYPES, PackedLayer, PackedWeight
 from fp4compile.plan import decide, tied_names
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -39,8 +40,6 @@ from fp4compile.report import Report
 MANIFEST = "fp4compile.json"
 # Raised when a reader of the old layout would misread the new one.
 VERSION = 1
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,11 @@ def _match(model: Any, plan: Mapping[str, PackedWeight], source: Mapping[str, En
         found = {n: next((c for c in _candidates(n, model.base_model_prefix) if c in source), "") for n in names}
         keys = {n: key for n, key in found.items() if key}
         if not keys:
-            missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
+            made = hf.computed(model, names[0])
+            if made is not None:
+                items.append(_Item(names[0], checkpoint.of_tensor(made)))
+            else:
+                missing.append(f"{names[0]} (to be packed)" if names[0] in plan else names[0])
             continue
         name = next(iter(keys))
         item = _Item(name, source[keys[name]], plan.get(names[0]))
@@ -160,8 +163,13 @@ def _check(item: _Item, shape: tuple[int, ...], what: str) -> None:
 
 def _check_equal(first: Entry, all_of_it: Sequence[Entry], keys: list[str], where: str) -> None:
     others = [entry for entry in all_of_it if entry is not first]
-    if not all(o.shape == first.shape and torch.equal(first.read(), o.read()) for o in others):
+    if not all((o.dtype, o.shape) == (first.dtype, first.shape) and _same_bits(first.read(), o.read()) for o in others):
         raise FP4ValueError(f"{where}: the configuration ties {' and '.join(keys)}, but their values differ")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same; a NaN equals itself."""
+    return torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ def _manifest(
 def _check_out(out: Path, source: Any, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FP4ValueError(f"output {str(out)!r} exists and is no folder")
-    check_parents(out.resolve())
+    check_writable(out)
     if isinstance(source, Path) and out.resolve() == source.resolve():
         raise FP4ValueError(f"output {str(out)!r} is the model's own folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -278,9 +286,12 @@ class _Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating-point matrix."""
-        dtypes = [e.dtype for e in self.entries.values() if e.dtype in DTYPES and len(e.shape) > 1]
-        return dtypes[0] if dtypes else torch.float32
+        """Of most of the floating-point matrices, by their elements: some checkpoints hold a few in fp32."""
+        sizes = dict.fromkeys(DTYPES, 0)
+        for entry in self.entries.values():
+            if entry.dtype in sizes and len(entry.shape) > 1:
+                sizes[entry.dtype] += math.prod(entry.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _source(model_or_path: Any) -> _Source:
@@ -294,11 +305,16 @@ def _source(model_or_path: Any) -> _Source:
         raise FP4TypeError(
             "convert takes a transformers model or the folder of one, not a " + type(model_or_path).__name__
         )
-    config = deepcopy(model_or_path.config)
-    if getattr(config, "quantization_config", None):
-        raise FP4ValueError(f"{type(model_or_path).__name__} is quantised already; convert the original")
-    config.architectures = [type(model_or_path).__name__]
-    cls = hf.model_class(type(model_or_path).__name__, "the model's class")
+    config, name = deepcopy(model_or_path.config), type(model_or_path).__name__
+    if getattr(config, "quantization_config", None) or any(isinstance(m, PackedLayer) for m in model_or_path.modules()):
+        raise FP4ValueError(f"{name} is quantised already; convert the original")
+    hollow = [n for n, t in model_or_path.state_dict().items() if t.is_meta]
+    if hollow:
+        raise FP4ValueError(
+            f"{hollow[0]!r} of {name} is on the meta device and holds no values: load the whole model into memory"
+        )
+    config.architectures = [name]
+    cls = hf.model_class(name, "the model's class")
     return _Source(model_or_path, config, cls, checkpoint.from_module(model_or_path))
 
 
@@ -342,7 +358,8 @@ def convert(
     model = hf.meta_model(given.cls, given.config, given.dtype)
     report, weights = decide(model, example_inputs, resolved, strict)
     if not weights:
-        report.notes.append("no weight was packed: the recipe keeps every GEMM of this model")
+        none = "no GEMM that it asks for can be" if report.count("refused") else "it keeps every GEMM of this model"
+        report.notes.append(f"no weight was packed by recipe {resolved.name!r}: {none}")
     items = _match(model, weights, given.entries, given.name)
     report.weights = _packed_bytes(items)
     real = out.resolve()  # where a link leads, perhaps to another file system

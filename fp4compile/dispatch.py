@@ -120,3 +120,11 @@ def install_kernels(backend_name: str = "inductor") -> None:
     Kernels and references give the same bits, so which of them runs is a matter of speed.
     """
     _install(get_backend(backend_name))
+
+
+def install_default_kernels() -> bool:
+    """Install the default backend's kernels unless some backend's are; whether that was done."""
+    if _INSTALLED:
+        return False
+    install_kernels()
+    return bool(_INSTALLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -130,6 +131,16 @@ def explain(
         # Dynamo counts no break when it meets a function again that it has left to Python once.
         explainer.coverage.complete(report, model, bool(breaks) or not report.graphs)
     return report
+
+
+def failure(error: Exception) -> str:
+    """What a model's own code raised while it was captured, on one line, with its place where Dynamo knows it."""
+    text = str(error).strip() or type(error).__name__
+    found = re.search(r": got (\w+\(.*\))$", text, re.MULTILINE)  # within what Dynamo says of a call on shapes alone
+    stack = getattr(error, "real_stack", None) or []
+    own = [f for f in stack if not f.filename.startswith(torch.__path__[0])]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return (found[1] if found else f"{type(error).__name__}: {text.splitlines()[0]}") + place
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

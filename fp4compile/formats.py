@@ -167,6 +167,11 @@ class Format:
         """Stored bits per value, the per-tensor scale not counted."""
         return 4 + 8 * self.scale_dtype.itemsize / self.block
 
+    def packed_bytes(self, rows: int, size: int) -> int:
+        """Bytes of the codes and block scales of `rows` rows of `size` values, each padded to whole blocks."""
+        blocks = rows * -(-size // self.block)
+        return int(blocks * self.block * self.bits_per_value / 8)
+
     def rule(self, scale_rule: str | None) -> str:
         """The scale rule that `scale_rule` (None: the default) stands for; raises for an unknown one."""
         if scale_rule is None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fp4compile import experts
@@ -23,18 +25,22 @@ CONFIG = "config.json"
 _COMPANIONS = (
     CONFIG,
     "generation_config.json",
-    "preprocessor_config.json",
+    "*preprocessor_config.json",
     "processor_config.json",
+    "audio_tokenizer_config.json",
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
-    "vocab.json",
+    "vocab*.json",
     "vocab.txt",
     "merges.txt",
-    "spiece.model",
+    "bpe.codes",
+    "normalizer.json",
+    "sp*.model",
     "sentencepiece*.model",
+    "*.spm",
     "*.tiktoken",
     "LICENSE*",
 )
@@ -79,9 +85,9 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def model_class(name: str | None, where: str) -> type:
+def model_class(name: Any, where: str) -> type:
     """The transformers model class of that name; anything else is an error."""
-    found = getattr(transformers(), name, None) if name else None
+    found = getattr(transformers(), name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers().PreTrainedModel)):
         raise FP4ValueError(f"{where}: {name!r} is no model class of transformers {transformers().__version__}")
     return found
@@ -89,7 +95,9 @@ def model_class(name: str | None, where: str) -> type:
 
 def class_of(config: Any, folder: Path) -> type:
     """The class that config.json names as the one that was saved."""
-    names = getattr(config, "architectures", None) or [None]
+    names = getattr(config, "architectures", None)
+    if not names:
+        raise FP4ValueError(f"{folder / CONFIG} does not name the model's class: add it as 'architectures'")
     return model_class(names[0], str(folder / CONFIG))
 
 
@@ -130,6 +138,13 @@ def skeleton(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def kept_in_fp32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps a tensor in fp32 when it loads the model in `dtype`, by the model's own lists."""
+    strict, in_fp16 = (getattr(model, f"_keep_in_fp32_modules{which}", None) or () for which in ("_strict", ""))
+    globs = {torch.float16: (*strict, *in_fp16), torch.bfloat16: strict}.get(dtype, ())
+    return any(re.search(glob.replace("*", ".*"), name) for glob in globs)
+
+
 def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Name in a checkpoint -> name in the model, by transformers' own table of names that have changed.
 
@@ -146,6 +161,17 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
             new = step.rename_source_key(new)[0]
         found[name] = new
     return found
+
+
+def computed(model: Any, name: str) -> Tensor | None:
+    """A tensor that transformers computes and does not save (Marian's sinusoids); None of any other."""
+    if name not in (getattr(model, "_keys_to_ignore_on_save", None) or ()):
+        return None
+    path, _, attribute = name.rpartition(".")
+    module = deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+    model._init_weights(module)
+    tensor: Tensor = getattr(module, attribute).detach()
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -203,18 +229,38 @@ def write_companions(origin: Any, config: Any, out: Path) -> None:
         return
     config.save_pretrained(out)
     if origin.can_generate():
-        origin.generation_config.save_pretrained(out)
+        try:
+            origin.generation_config.save_pretrained(out)
+        except ValueError as error:  # settings that contradict each other
+            raise FP4ValueError(f"transformers does not save the model's generation_config: {error}") from error
+
+
+def refuse_saving(model: Any, folder: Path) -> None:
+    """Make `save_pretrained` an error: of what it wrote, `from_pretrained` would fill the packed layers at random."""
+    model.save_pretrained = partial(_not_saved, str(folder))
+
+
+def _not_saved(folder: str, *_: Any, **__: Any) -> None:
+    raise FP4ValueError(
+        "transformers would write packed weights that neither it nor fp4compile.load reads: "
+        f"copy the folder {folder!r}, or save the state_dict"
+    )
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
     """Give a loaded model the generation settings that lie beside it."""
-    if model.can_generate() and (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if not model.can_generate() or not path.is_file():
+        return
+    try:
         model.generation_config = transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise FP4ValueError(f"{path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def known_dtype(name: Any, where: str) -> torch.dtype:
     """The dtype that a file names; floating-point ones only."""
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise unknown(f"dtype in {where}:", name, allowed)
     return allowed[name]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fp4compile import checkpoint, experts, hf
 from fp4compile.checkpoint import WEIGHTS
-from fp4compile.convert import DTYPES, MANIFEST, VERSION
+from fp4compile.convert import MANIFEST, VERSION
 from fp4compile.dispatch import install_kernels
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import PackedLayer, PackedWeight, replaced
+from fp4compile.packed import DTYPES, PARTS, PackedLayer, PackedWeight, replaced
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(data.get("weights"), dict):
         raise FP4ValueError(f"{path}: 'weights' must be a table")
+    if not isinstance(data.setdefault("extra", []), list):
+        raise FP4ValueError(f"{path}: 'extra' must be a list")
     return data
 
 
@@ -108,9 +110,12 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
     return names
 
 
-def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype | None, extra: list[str]) -> None:
-    """Give every tensor its stored values, one at a time; tied ones stay tied."""
+def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype, extra: list[str]) -> None:
+    """Give every tensor its stored values, one at a time, in the dtype that transformers gives it; ties hold."""
     places = _places(model)
+    layers = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer)]
+    parts = {f"{path}.{part}" for path in layers for part in PARTS}
+    filled: set[int] = set()
     for name, entry in checkpoint.from_file(file).items():
         if name not in places:
             if name in extra:
@@ -119,15 +124,30 @@ def _fill(model: nn.Module, file: Path, device: torch.device, dtype: torch.dtype
         expected = tuple(places[name][0].tensor.shape)
         if expected != entry.shape:
             raise FP4ValueError(f"{file}: tensor {name!r} has shape {entry.shape}, expected {expected}")
-        tensor = entry.read().to(device)
-        if dtype is not None and tensor.is_floating_point() and not name.endswith(".tensor_scale"):
-            tensor = tensor.to(dtype)
+        own = places[name][0].tensor.dtype
+        if name in parts and entry.dtype != own:
+            raise FP4ValueError(f"{file}: tensor {name!r} has dtype {entry.dtype}, expected {own}")
+        if own.is_floating_point and name not in parts and hf.kept_in_fp32(model, name, dtype):
+            own = torch.float32
+        tensor = entry.read().to(device, own)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for place in places[name]:
             place.held[place.name] = parameter if place.is_parameter else tensor
-    missing = [name for name, (place, *_) in places.items() if place.tensor.is_meta]
+        filled.add(id(places[name]))
+    missing = [name for name, group in places.items() if id(group) not in filled]
     if missing:
         raise FP4ValueError(f"{file} lacks {', '.join(missing[:8])}")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device, once it is known to hold tensors here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises each of them for some device
+        reason = str(error).splitlines()[0]
+        raise FP4ValueError(f"cannot load to device {str(name)!r}: {reason}") from error
+    return device
 
 
 def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -136,18 +156,21 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
     Args:
         dir: the folder.
         device: where the tensors go.
-        dtype: fp32, bf16 or fp16 for everything that is not packed; None keeps what is stored.
+        dtype: fp32, bf16 or fp16, for everything that is not packed but what transformers keeps in fp32 for the model;
+            None is that of most of the checkpoint's matrices.
 
     Returns:
         The transformers model in eval mode, parameters frozen; each packed layer is a `PackedLinear`, and each packed
-        stack of experts a `PackedStack`.
+        stack of experts a `PackedStack`. `save_pretrained` refuses: what is kept is the folder, or the state dict.
 
     Raises:
-        FP4ValueError: no converted model, an unknown version or format, a tensor missing or of another shape.
+        FP4ValueError: no converted model, an unknown version or format, a tensor missing or of another shape, no such
+            device here.
         FP4TypeError: an unusable dtype.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise FP4TypeError(f"cannot load as {dtype}; allowed: fp32, bf16, fp16")
+        raise FP4TypeError(f"cannot load as {dtype!r}; allowed: {', '.join(map(str, DTYPES))}")
+    target = _device(device)
     folder = Path(dir).expanduser()
     if not folder.is_dir():
         raise FP4ValueError(f"{str(folder)!r} is no folder")
@@ -156,17 +179,17 @@ def load(dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype
     rows = _rows(manifest, folder)
     config = hf.read_config(folder)
     cls = hf.model_class(manifest.get("architecture"), where)
-    stored = hf.known_dtype(manifest.get("dtype"), where)
-    model = hf.skeleton(cls, config, dtype or stored)
+    dtype = dtype or hf.known_dtype(manifest.get("dtype"), where)
+    model = hf.skeleton(cls, config, dtype)
     _pack_modules(model, rows, where)
-    target = torch.device(device)
-    _fill(model, folder / WEIGHTS, target, dtype, list(manifest.get("extra", [])))
-    for module in model.modules():
+    _fill(model, folder / WEIGHTS, target, dtype, manifest["extra"])
+    for path, module in model.named_modules():
         if isinstance(module, PackedLayer):
-            module.dtype = dtype or stored
+            module.dtype = torch.float32 if hf.kept_in_fp32(model, f"{path}.weight", dtype) else dtype
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             module._buffers[name] = None if buffer is None else buffer.to(target)
     install_kernels()
     hf.read_generation_config(model, folder)
+    hf.refuse_saving(model, folder)
     return model

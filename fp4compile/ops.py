@@ -230,9 +230,41 @@ _ROWS = (
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ROWS})
 
+# What autocast puts in front of each op, by device.
+_AUTOCAST = ("AutocastCPU", "AutocastCUDA")
+
+
+def _without_kernel(op: Op) -> Callable[..., Any]:
+    """What torch calls for a device that has no kernel of the op: its reference.
+
+    The first call of a process may stand in a program that was read from a file, which has installed no kernels: they
+    are installed then, so that nothing runs by its reference unnoticed.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from fp4compile.dispatch import install_default_kernels  # which reads the table of ops
+
+        return (op.overload if install_default_kernels() else op.reference)(*args, **kwargs)
+
+    return run
+
+
+def _without_autocast(op: Op) -> Callable[..., Any]:
+    """What torch calls under autocast: the op, which computes in the dtypes that it names, as it does elsewhere."""
+    keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys[0] | keys[1]):
+            return op.overload(*args, **kwargs)
+
+    return run
+
+
 for _op in _ROWS:
     LIBRARY.define(_op.name + _op.schema, tags=_op.tags)
-    LIBRARY.impl(_op.name, _op.reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(_op.name, _without_kernel(_op), "CompositeExplicitAutograd")
+    for _key in _AUTOCAST:
+        LIBRARY.impl(_op.name, _without_autocast(_op), _key)
     torch.library.register_fake(f"fp4compile::{_op.name}", _op.fake, lib=LIBRARY)
 
 BY_OVERLOAD: Mapping[Any, Op] = MappingProxyType({op.overload: op for op in _ROWS})

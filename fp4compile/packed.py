@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from fp4compile.hadamard import signs
 from fp4compile.recipe import Operand
 
 PARTS = ("codes", "scales", "tensor_scale")
+
+# Of what a packed layer takes, and of the weights that are packed.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,14 @@ class PackedWeight:
         """
         try:
             spec = dict(data)
-            shape, axis, given = tuple(map(int, spec.pop("shape"))), spec.pop("axis"), spec.pop("input")
+            shape, axis, given = tuple(spec.pop("shape")), spec.pop("axis"), spec.pop("input")
             row = cls(shape, axis, _operand(spec), _operand(given) if given else None)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FP4ValueError(f"malformed description of a packed weight: {error!r}") from error
-        if len(shape) not in (2, 3) or axis not in (len(shape) - 2, len(shape) - 1):
+        whole = all(type(size) is int for size in (*shape, axis))
+        if not whole or len(shape) not in (2, 3) or axis not in (len(shape) - 2, len(shape) - 1):
             allowed = "a matrix packed along axis 0 or 1, or a stack of matrices along 1 or 2"
-            raise FP4ValueError(f"a packed weight is {allowed}, got {shape}, {axis}")
+            raise FP4ValueError(f"a packed weight is {allowed}, got {shape}, {axis!r}")
         return row
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
@@ -101,7 +105,11 @@ class PackedWeight:
 
 def _operand(data: Mapping[str, Any]) -> Operand:
     """A spec from plain data; version 0.1 wrote `tensor_scale` true for formats that have none, too."""
-    return Operand(**{k: v for k, v in data.items() if (k, v) != ("tensor_scale", True)})
+    made = Operand(**{k: v for k, v in data.items() if (k, v) != ("tensor_scale", True)})
+    for name, kind in get_type_hints(Operand).items():
+        if not isinstance(getattr(made, name), kind):
+            raise TypeError(f"{name} is {getattr(made, name)!r}")
+    return made
 
 
 class PackedLayer(nn.Module):
@@ -126,6 +134,9 @@ class PackedLayer(nn.Module):
 
     def _given(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activation [..., in], fake-quantised where the row says so, and the tensor scale left for the product."""
+        x = _autocast(x)
+        if x.dtype not in DTYPES:
+            raise FP4TypeError(f"{type(self).__name__} takes fp32, bf16 or fp16, not {x.dtype}")
         spec = self.packed.input
         if spec is None:
             return x, None
@@ -134,7 +145,7 @@ class PackedLayer(nn.Module):
         scale = None
         if spec.scaled_per_tensor:
             rule = spec.scale_rule
-            scale = torch.ops.fp4compile.tensor_scale(x, spec.format, -1, spec.hadamard, scale_rule=rule)
+            scale = torch.ops.fp4compile.tensor_scale(x.detach(), spec.format, -1, spec.hadamard, scale_rule=rule)
         x = torch.ops.fp4compile.fake_quantize(
             x,
             spec.format,
@@ -180,11 +191,19 @@ class PackedLayer(nn.Module):
         return f"format={row.weight.format}{blocks}{given}"
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """The activation as autocast, where it is on, would hand it to a linear layer."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 class PackedLinear(PackedLayer):
     """A linear layer on a packed weight.
 
-    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype, accumulated in fp32. The
-    activation is fake-quantised first where the row says so.
+    Takes [..., in] in fp32, bf16 or fp16 and returns [..., out] in that dtype (in autocast's, where that is on),
+    accumulated in fp32. The activation is fake-quantised first where the row says so.
 
     Attributes:
         bias: [out] or None.
@@ -262,7 +281,7 @@ def replaced(module: nn.Module, packed: PackedWeight, share: PackedLinear | None
         module: `nn.Linear` or GPT-2's `Conv1D`.
         share: the layer whose packed weight it shares.
     """
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) != packed.shape:
         raise FP4TypeError(f"{type(module).__name__} has no weight of shape {packed.shape}")
     parts = packed.parts() if share is None else {n: t for n, t in share.named_buffers() if n in PARTS}

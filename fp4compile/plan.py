@@ -23,7 +23,7 @@ from fp4compile import experts, source
 from fp4compile.backend import No
 from fp4compile.coverage import LINEARS
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.explain import explain
+from fp4compile.explain import explain, failure
 from fp4compile.graph import Site, origin
 from fp4compile.ops import OPS
 from fp4compile.packed import PackedWeight
@@ -103,14 +103,14 @@ class _Plan:
         if site.specs.get("weight") is None:
             return No("only its activation is to be quantised; a packed layer needs an FP4 weight")
         owners = {n.rpartition(".")[0]: n.rpartition(".")[2] for n in self.tied.get(name, [])}
-        for path, attribute in owners.items():
-            reason = self._unpackable(path, attribute)
-            if reason is not None:
-                return No(reason)
         quantize = _quantize_of(site.operand("weight"))
         args: Any = quantize.args if quantize else (None,)
         if not owners or context.parameters.get(args[0]) != site.parameter:
             return No(f"its weight is computed in the graph from {site.parameter!r}, not read")
+        for path, attribute in owners.items():
+            reason = self._unpackable(path, attribute)
+            if reason is not None:
+                return No(reason)
         shape = tuple(map(int, args[0].meta["val"].shape))
         weight, given = (_nearest(site.specs.get(n)) for n in ("weight", "input"))
         assert weight is not None
@@ -192,10 +192,9 @@ def _capture(model: nn.Module, inputs: dict[str, Any], recipe: Recipe, plan: _Pl
     except (FP4ValueError, FP4TypeError):
         raise
     except Exception as error:  # whatever the model's own code raises on these inputs
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FP4ValueError(
-            f"cannot capture {type(model).__name__} on the meta device with inputs {', '.join(inputs)}: {reason}. "
-            "Other example_inputs may do"
+            f"cannot capture {type(model).__name__} on the meta device with inputs {', '.join(inputs)}: "
+            f"{failure(error)}. Other example_inputs may do"
         ) from error
 
 

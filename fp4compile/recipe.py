@@ -10,8 +10,8 @@ import fnmatch
 import re
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -274,13 +274,18 @@ class _Reader:
     def build(self, cls: type, table: Any, key: str, **converted: Any) -> Any:
         if not isinstance(table, dict):
             raise self.error(key, f"expected a table, got {type(table).__name__}")
-        allowed = {f.name: f for f in fields(cls)}
+        allowed = {f.name: f for f in fields(cls) if f.name != "rules"}  # which stand in tables of their own, [[rule]]
         for name, value in table.items():
             if name not in allowed:
-                raise self.error(name, str(unknown("key", name, allowed)))
-            expected = _TOML_TYPES.get(str(allowed[name].type))
-            if name not in converted and expected and not isinstance(value, expected):
+                spelled = ("rule" if f.name == "rules" else f.name for f in fields(cls))
+                raise self.error(name, str(unknown("key", name, spelled)))
+            expected = _TOML_TYPES.get(str(allowed[name].type), object)
+            truth = isinstance(value, bool) and expected not in (bool, object)  # to Python an int as well
+            if name not in converted and (truth or not isinstance(value, expected)):
                 raise self.error(name, f"expected {allowed[name].type}, got {value!r}")
+        lacking = [f.name for f in allowed.values() if f.default is MISSING and f.name not in {**table, **converted}]
+        if lacking:
+            raise self.error(key, f"lacks {', '.join(map(repr, lacking))}")
         try:
             return cls(**{**table, **converted})
         except (FP4ValueError, FP4TypeError, TypeError) as error:
@@ -340,7 +345,7 @@ def loads(text: str, where: str = "<string>") -> Recipe:
 def load(path: str | Path) -> Recipe:
     """Read a recipe from a TOML file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise FP4ValueError(f"cannot read recipe {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -389,6 +394,12 @@ def register_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def _named(name: str) -> Recipe:
+    if name not in RECIPES.names() and Path(name).is_file():
+        raise FP4ValueError(f"the name of a recipe file ends in .toml, that of {name!r} does not")
+    return RECIPES.get(name)
+
+
 def resolve(recipe: str | Path | Recipe, keep: Any = ()) -> Recipe:
     """The recipe that a user names: a preset, a registered one, a TOML file or a `Recipe`, with `keep` globs added.
 
@@ -396,13 +407,13 @@ def resolve(recipe: str | Path | Recipe, keep: Any = ()) -> Recipe:
     """
     if isinstance(recipe, str | Path):
         text = str(recipe)
-        found = load(text) if text.endswith(".toml") else RECIPES.get(text)
+        found = load(text) if text.endswith(".toml") else _named(text)
     elif isinstance(recipe, Recipe):
         found = recipe
     else:
         raise FP4TypeError(f"recipe must be a name, a .toml path or a Recipe, got {type(recipe).__name__}")
     if RECIPES.presets.get(found.name) != found:
         found.warn_if_biased()
-    if isinstance(keep, str) or not all(isinstance(glob, str) for glob in keep):
+    if isinstance(keep, str) or not isinstance(keep, Iterable) or not all(isinstance(glob, str) for glob in keep):
         raise FP4TypeError(f"keep must be a list of globs, got {keep!r}")
     return replace(found, keep=(*found.keep, *keep)) if keep else found

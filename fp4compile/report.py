@@ -122,7 +122,7 @@ class Report:
 
     def to_text(self, width: int = 140) -> str:
         """A table of the GEMMs, the notes and a summary line."""
-        console = Console(width=width, record=True, file=io.StringIO())
+        console = Console(width=width, record=True, file=io.StringIO(), emoji=False)
         console.print(self.table())
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
@@ -145,7 +145,7 @@ class Report:
 
     def table(self) -> Table:
         """A rich table, one row per GEMM."""
-        table = Table(title=f"fp4compile: {self.recipe}", title_justify="left")
+        table = Table(title=escape(f"fp4compile: {self.recipe}"), title_justify="left")
         for column in ("module", "role", "kind", "status", "operands", "kernel", "reason"):
             table.add_column(column, overflow="fold")
         colours = {"fp4": "green", "kept": "", "refused": "red"}

@@ -139,8 +139,9 @@ def _annotate(site: Site, context: Context) -> None:
     weight = site.specs.get("weight")
     if weight and site.role == "forward":
         value = site.operand("weight").meta["val"]
-        count = int(value.numel())
-        site.weight_bytes = (count * value.element_size(), int(count * FORMATS[weight.format].bits_per_value / 8))
+        count, size = int(value.numel()), int(value.shape[site.axes["weight"]])
+        packed = FORMATS[weight.format].packed_bytes(count // max(size, 1), size)
+        site.weight_bytes = (count * value.element_size(), packed)
 
 
 @dataclass(frozen=True)

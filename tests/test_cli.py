@@ -1,7 +1,11 @@
 """The command line, run in-process: what each command prints, and how it refuses."""
 
+import errno
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
 import warnings
 
@@ -36,6 +40,19 @@ def build():
 
 def lone():
     return Net()
+
+
+def wide():
+    return Net(), (torch.ones(4, 65),)
+
+
+class Fails(Net):
+    def forward(self, x):
+        raise KeyError("[mine]")
+
+
+def fails():
+    return Fails(), (torch.ones(4, 64),)
 """
 
 COMMANDS = ["explain", "convert", "opt", "formats", "recipes", "backends"]
@@ -296,11 +313,71 @@ def test_debug_shows_the_traceback(model):
     assert result.stderr.splitlines()[-1].startswith("error: unknown recipe 'hif5'")
 
 
+@pytest.mark.parametrize("command", ["explain", "opt"])
+def test_a_model_that_fails_is_blamed_on_one_line(model, command):
+    wide, fails = (refusal(command, model.replace("build", name)) for name in ("wide", "fails"))
+    assert "net.py:wide does not run on its example inputs: RuntimeError('" in wide and "[4, 65]" in wide
+    assert wide.endswith("net.py:13)")
+    assert fails.endswith("net.py:fails does not run on its example inputs: KeyError: '[mine]'")
+
+
+def test_a_pass_that_fails_is_not_blamed_on_the_model(model, monkeypatch):
+    monkeypatch.setattr(sys.modules["fp4compile.explain"], "copy_graph", lambda graph: 1 / 0)
+    result = run("explain", model)
+    assert result.exit_code == 1 and "ZeroDivisionError" in str(result.exception)
+
+
 def test_other_errors_are_not_hidden(monkeypatch):
     monkeypatch.setattr(backend, "backend_names", lambda: 1 / 0)
     result = run("backends")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_what_cannot_be_written_is_one_line(model, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("fp4compile.files.write_atomically", full)
+    message = refusal("opt", model, "-p", "canonicalise", "-o", tmp_path / "graph.txt")
+    assert message == f"error: No space left on device: '{tmp_path / 'graph.txt'}'"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "no permission to write in" in refusal("opt", model, "-o", tmp_path / "graph.txt")
+
+
+def test_names_are_neither_markup_nor_pictures(tmp_path):
+    path = tmp_path / "mine.toml"
+    rule = '[[rule]]\nrole = "forward"\nmodules = "a.[0-3]"\nweight = {format = "hif4"}\n'
+    path.write_text(f'name = "[/z] [bold]x"\n{rule}')
+    assert "recipe [/z] [bold]x" in output("recipes", path) and "a.[0-3]" in output("recipes", path)
+    assert "fp4compile: [/z] [bold]x" in fp4compile.Report("[/z] [bold]x", "inductor", "cpu").to_text()
+    path.write_text('name = "x"' + "\n" * 99 + "nobody = 1\n" + rule)
+    assert "mine.toml:100: key 'nobody'" in " ".join(run("recipes", path).stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_conversion_leaves_nothing(tmp_path, number):
+    """The command stops itself where it has begun to write weights."""
+    lines = [
+        "import os, signal, sys, transformers",
+        "from fp4compile import checkpoint, cli",
+        "sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)",
+        "transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained('model')",
+        "def write(*_):",
+        "    print(os.listdir())",
+        f"    try: os.kill(os.getpid(), {int(number)})",
+        "    except SystemExit: raise ValueError('swallowed') from None",
+        "checkpoint.Writer.write = write",
+        "sys.argv = ['fp4compile', 'convert', 'model', '-o', 'out']",
+        "cli.main()",
+    ]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, env=paths, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert ".out." in done.stdout and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_messages_name_flags_and_drop_advice(monkeypatch):
@@ -357,6 +434,19 @@ def test_opt_writes_a_file(model, tmp_path):
     arguments = ("opt", model, "-p", "canonicalise")
     assert output(*arguments, "-o", tmp_path / "graph.txt") == ""
     assert (tmp_path / "graph.txt").read_text() == output(*arguments)
+
+
+def test_opt_writes_where_a_link_leads_and_into_a_pipe(model, tmp_path):
+    """The null device, written to by root, stays a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("new.txt")
+    arguments = ("opt", model, "-p", "canonicalise", "-o")
+    assert output(*arguments, tmp_path / "link") == ""
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "new.txt").read_text().startswith("# graph 1")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert output(*arguments, tmp_path / "pipe") == ""
+    assert os.read(reader, 1 << 16).startswith(b"# graph 1") and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

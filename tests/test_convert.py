@@ -1,7 +1,9 @@
 """`convert`: what is decided, what is written, and that nothing is left behind when something is wrong."""
 
+import copy
 import importlib
 import json
+import os
 import struct
 import sys
 from dataclasses import replace
@@ -16,10 +18,10 @@ from torch import nn
 
 import fp4compile
 from fp4compile import hf
-from fp4compile.checkpoint import Writer, from_file, from_folder
+from fp4compile.checkpoint import Writer, from_file, from_folder, from_module
 from fp4compile.convert import MANIFEST, TARGETS
 from fp4compile.errors import FP4TypeError, FP4ValueError
-from fp4compile.packed import PackedWeight
+from fp4compile.packed import PackedWeight, replaced
 from fp4compile.recipe import Operand, Recipe, Rule
 from tests.models import model
 
@@ -38,7 +40,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def folder(name: str) -> Path:
         model(name).save_pretrained(root / name)
-        (root / name / "tokenizer_config.json").write_text("{}")
+        for file in ("tokenizer_config.json", "video_preprocessor_config.json", "spm.model", "source.spm", "bpe.codes"):
+            (root / name / file).write_text("{}")
         (root / name / "modeling_custom.py").write_text("raise SystemExit")
         return root / name
 
@@ -113,7 +116,8 @@ def test_every_linear_but_the_head_is_packed_and_ties_are_stored_once(converted)
 def test_companion_files_travel_and_code_does_not(converted, saved):
     out = converted("llama", "hif4-w4a16").path
     assert {f.name for f in out.iterdir()} == {
-        *("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST)
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST),
+        *("video_preprocessor_config.json", "spm.model", "source.spm", "bpe.codes"),
     }
     assert (out / "config.json").read_bytes() == (saved("llama") / "config.json").read_bytes()
 
@@ -212,6 +216,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
 def plan(made: Any, out: Path, recipe: Any = "hif4-w4a16", **options: Any) -> fp4compile.Artifact:
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
     return fp4compile.convert(made, recipe, out=out, example_inputs=inputs, **options)
+
+
+def test_a_conversion_that_packs_nothing_says_so(small, tmp_path):
+    artifact = plan(small(Small), tmp_path / "out", keep=["*"])
+    assert "no weight was packed by recipe 'hif4-w4a16': it keeps every GEMM of this model" in artifact.report.notes
 
 
 def test_keep_globs_stay(small, tmp_path):
@@ -313,6 +322,8 @@ def test_a_weight_that_cannot_be_packed_is_refused(small, tmp_path, cls, reason)
     assert "strict=False" in str(error.value) and not any(tmp_path.iterdir())
     artifact = plan(made, tmp_path / "out", strict=False)
     assert set(manifest(artifact.path)["weights"]) == {"first"} and artifact.report.count("refused") == 1
+    artifact = plan(made, tmp_path / "out", strict=False, keep=["first"], overwrite=True)
+    assert "no weight was packed by recipe 'hif4-w4a16': no GEMM that it asks for can be" in artifact.report.notes
 
 
 def test_an_embedding_is_never_packed(small, tmp_path):
@@ -421,6 +432,10 @@ def test_folders_that_are_none(folder, tmp_path):
     nameless = folder(lambda t: t, "nameless")
     config = json.loads((nameless / "config.json").read_text())
     (nameless / "config.json").write_text(json.dumps(config | {"architectures": ["Nobody"]}))
+    unnamed = folder(lambda t: t, "unnamed")
+    (unnamed / "config.json").write_text(json.dumps(config | {"architectures": []}))
+    numbered = folder(lambda t: t, "numbered")
+    (numbered / "config.json").write_text(json.dumps(config | {"architectures": [3]}))
     packed = folder(lambda t: t, "packed")
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     broken = folder(lambda t: t, "broken")
@@ -431,12 +446,53 @@ def test_folders_that_are_none(folder, tmp_path):
         (pickled, "Pickled weights"),
         (cut, "not a whole safetensors file"),
         (nameless, "'Nobody' is no model class"),
+        (numbered, "3 is no model class"),
+        (unnamed, "does not name the model's class: add it as 'architectures'"),
         (packed, r"quantised already \(gptq\)"),
         (broken, "config.json"),
     ):
         with pytest.raises(FP4ValueError, match=message):
             fp4compile.convert(source, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_without_values_or_without_weights(small, tmp_path):
+    hollow, packed = small(Small), small(Small)
+    hollow.second.to("meta")
+    packed.first = replaced(packed.first, PackedWeight((64, 64), 1, Operand("hif4")))
+    for made, message in (
+        (hollow, r"'second\.weight' of Small is on the meta device"),
+        (packed, "Small is quantised already; convert the original"),
+    ):
+        with pytest.raises(FP4ValueError, match=message):
+            plan(made, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_that_transformers_does_not_save(tmp_path):
+    made = copy.deepcopy(model("llama"))
+    made.generation_config.temperature = 0.5
+    with pytest.raises(FP4ValueError, match=r"does not save the model's generation_config: (.|\n)*temperature"):
+        hf.write_companions(made, made.config, tmp_path)
+
+
+def test_what_transformers_computes_and_does_not_save(tmp_path):
+    sizes = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    made = transformers.MarianMTModel(transformers.MarianConfig(**sizes, max_position_embeddings=8))
+    made.save_pretrained(tmp_path)
+    meta = hf.meta_model(type(made), made.config, torch.float32)
+    items = {item.name: item for item in CONVERT._match(meta, {}, from_folder(tmp_path), "here")}
+    for name in ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"):
+        assert name not in from_folder(tmp_path)
+        assert torch.equal(items[name].tensors()[name], made.state_dict()[name])
+
+
+def test_tied_weights_may_hold_nan(tmp_path):
+    made = copy.deepcopy(model("llama"))
+    made.lm_head.weight.data[0, 0] = float("nan")
+    meta = hf.meta_model(type(made), made.config, torch.float32)
+    (item,) = (i for i in CONVERT._match(meta, {}, from_module(made), "here") if i.name == "model.embed_tokens.weight")
+    assert item.tensors()[item.name].isnan().sum() == 1
 
 
 # --- arguments and files -----------------------------------------------------------------------------------------
@@ -497,6 +553,14 @@ def test_an_output_below_a_file_and_a_converted_source(small, tmp_path, monkeypa
     monkeypatch.setattr(CONVERT, "decide", None)  # before any work
     with pytest.raises(FP4ValueError, match="file' is no folder"):
         plan(made, tmp_path / "file" / "out")
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path == there)  # a mount point in a folder of root's
+    with pytest.raises(TypeError, match="NoneType"):  # the work that the others do not come to
+        plan(made, there)
+    for where in (tmp_path / "new" / "out", tmp_path / "out"):
+        with pytest.raises(FP4ValueError, match="no permission to write in"):
+            plan(made, where, overwrite=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk on fire"), KeyboardInterrupt()])
@@ -560,6 +624,23 @@ def test_writer_insists_on_its_layout(tmp_path):
         writer.write("a", torch.zeros(2).half())
     with pytest.raises(FP4ValueError, match="not written: b"), Writer(tmp_path / "x", layout) as writer:
         writer.write("a", torch.zeros(2))
+
+
+def test_indices_that_disagree_with_their_shards(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("a", "b"):
+        save_file({name: torch.zeros(2), "both": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    for shard_of, message in (
+        ({"a": "a.safetensors", "b": "b.safetensors"}, r"b\.safetensors and another shard .* both hold 'both'"),
+        ({"a": "a.safetensors", "c": "a.safetensors"}, "names 'c', which no shard holds"),
+        ({"a": "c.safetensors"}, r"names 'c\.safetensors', which does not lie beside it"),
+        ({"a": 3}, "names 3, which does not lie beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": shard_of}))
+        with pytest.raises(FP4ValueError, match=message):
+            from_folder(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))  # a tensor that the index leaves out is read
+    assert set(from_folder(tmp_path)) == {"a", "both"}
 
 
 def test_indices_cannot_leave_their_folder(tmp_path):

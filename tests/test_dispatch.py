@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +149,24 @@ def test_without_kernels_the_op_is_called() -> None:
 def test_only_backends_can_be_registered(thing: Any) -> None:
     with pytest.raises(FP4TypeError, match="register_backend needs a Backend, got"):
         register_backend(thing)
+
+
+@pytest.mark.slow
+def test_the_first_call_of_a_process_installs_kernels(tmp_path: Path) -> None:
+    """A program that torch.export.load has read may be all that a process runs."""
+
+    class Fake(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.fp4compile.fake_quantize(x, "hif4", -1)
+
+    torch.export.save(torch.export.export(Fake(), (randn(4, 64),)), tmp_path / "a.pt2")
+    lines = [
+        "import torch, fp4compile",
+        "from fp4compile import dispatch, ops",
+        f"program = torch.export.load({str(tmp_path / 'a.pt2')!r}).module()",
+        "assert not dispatch._INSTALLED",
+        "program(torch.ones(4, 64))",
+        "assert ('fake_quantize', 'cpu') in dispatch._INSTALLED",
+        "assert dispatch._INSTALLED['fake_quantize', 'cpu']._bound",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import pickle
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fp4compile
@@ -108,6 +111,16 @@ def test_state_dict_round_trips(converted):
     assert torch.equal(first(tokens()).logits, second(tokens()).logits)
 
 
+def test_transformers_does_not_save_what_it_would_not_read(converted, tmp_path):
+    folder = converted("llama", "hif4-w4a16")
+    for loaded in (fp4compile.load(folder), copy.deepcopy(fp4compile.load(folder))):
+        with pytest.raises(FP4ValueError, match=f"copy the folder '{folder}'"):
+            loaded.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(again(tokens()).logits, loaded(tokens()).logits)
+
+
 def test_ties_hold_after_loading(converted):
     loaded = fp4compile.load(converted("llama", "hif4-w4a16"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -168,6 +181,14 @@ def test_any_shape_and_any_rank(format, shape):
         torch.testing.assert_close(made(x), nn.functional.linear(x, dense, linear.bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_activations_of_other_dtypes_are_refused(given, dtype):
+    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
+    with pytest.raises(FP4TypeError, match=f"PackedLinear takes fp32, bf16 or fp16, not {dtype}"):
+        made(torch.ones(3, 64, dtype=dtype))
+
+
 @torch.no_grad()
 def test_a_hadamard_recipe_transforms_both_operands():
     spec = Operand("mxfp4", hadamard=32)
@@ -198,11 +219,24 @@ def test_square_blocks():
     assert "block_2d=True" in repr(made)
 
 
-def test_gradients_reach_the_input():
-    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4")))
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+def test_gradients_reach_the_input(given):
+    made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
     x = torch.randn(3, 64, requires_grad=True)
     made(x).sum().backward()
     torch.testing.assert_close(x.grad, made.weight.sum(0).expand(3, 64))
+
+
+@pytest.mark.parametrize("given", [None, Operand("nvfp4")])
+@torch.no_grad()
+def test_autocast_is_that_of_a_linear_layer(given):
+    made, linear = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, like = made(x), linear(x)
+    assert got.dtype == like.dtype == torch.bfloat16
+    assert torch.equal(got, made(x.bfloat16()))
+    assert made(x).dtype == torch.float32
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -235,6 +269,8 @@ PATH = "model.layers.0.mlp.down_proj"
         ({"weights": {"nobody": {}}}, "weight of 'nobody': malformed"),
         ({"architecture": "os"}, "'os' is no model class"),
         ({"dtype": "float8"}, "unknown dtype in .*'float8'"),
+        ({"dtype": ["float32"]}, "unknown dtype in"),
+        ({"extra": None}, "'extra' must be a list"),
         ({"weights": {}}, "the model has no tensor"),
     ],
 )
@@ -249,6 +285,14 @@ def test_unknown_formats_and_modules_are_named(folder):
         fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"format": "fp5"}}))
     with pytest.raises(FP4ValueError, match="the model has no module 'nobody'"):
         fp4compile.load(folder(weights=good | {"nobody": good[PATH]}))
+    for change in ({"axis": 1.0}, {"axis": "1"}, {"shape": ["a", 2]}, {"shape": "64"}):
+        with pytest.raises(FP4ValueError, match="a packed weight is a matrix packed along axis 0 or 1"):
+            fp4compile.load(folder(weights=good | {PATH: good[PATH] | change}))
+    for name, value in (("block_2d", 0), ("hadamard", 0.0), ("requantise", "no")):
+        with pytest.raises(FP4ValueError, match=f"malformed description.*{name} is {value!r}"):
+            fp4compile.load(folder(weights=good | {PATH: good[PATH] | {name: value}}))
+    with pytest.raises(FP4TypeError, match="LlamaForCausalLM has no weight of shape"):
+        fp4compile.load(folder(weights=good | {"": good[PATH]}))
     with pytest.raises(FP4TypeError, match="no weight of shape"):
         fp4compile.load(folder(weights=good | {PATH: good[PATH] | {"shape": [80, 64]}}))
 
@@ -258,21 +302,81 @@ def test_folders_that_are_refused(folder, tmp_path):
         fp4compile.load(tmp_path / "nowhere")
     with pytest.raises(FP4ValueError, match=r"has no fp4compile\.json"):
         fp4compile.load(tmp_path)
-    with pytest.raises(FP4TypeError, match="allowed: fp32, bf16, fp16"):
-        fp4compile.load(folder(), dtype=torch.int8)
+    with pytest.raises(FP4TypeError, match=r"cannot load as 'bf16'; allowed: torch\.float32, torch\.bfloat16"):
+        fp4compile.load(folder(), dtype="bf16")
+    with pytest.raises(FP4ValueError, match="cannot load to device 'banana': "):
+        fp4compile.load(folder(), device="banana")
+    (folder() / "generation_config.json").write_text("{")
+    with pytest.raises(FP4ValueError, match=r"generation_config\.json: It looks like"):
+        fp4compile.load(tmp_path)
     (tmp_path / "fp4compile.json").write_text("{")
     with pytest.raises(FP4ValueError, match="malformed JSON"):
         fp4compile.load(tmp_path)
 
 
-def test_missing_tensors_are_named(folder):
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_missing_tensors_are_named(folder, device):
     path = folder() / "model.safetensors"
     tensors = load_file(path)
     save_file({k: v.clone() for k, v in tensors.items() if k != f"{PATH}.codes"}, path)
-    with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes"):
+    with pytest.raises(FP4ValueError, match=rf"lacks {PATH}\.codes$"):
+        fp4compile.load(path.parent, device=device)
+
+
+@pytest.mark.parametrize(("part", "dtype"), [("codes", torch.int8), ("scales", torch.float32)])
+def test_codes_and_scales_of_another_dtype_are_named(folder, part, dtype):
+    path = folder() / "model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(path).items()}
+    tensors[f"{PATH}.{part}"] = tensors[f"{PATH}.{part}"].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(FP4ValueError, match=rf"'{PATH}\.{part}' has dtype {dtype}, expected torch\.u?int"):
         fp4compile.load(path.parent)
+
+
+def test_to_the_meta_device(converted):
+    loaded = fp4compile.load(converted("llama", "hif4-w4a16"), device="meta")
+    assert all(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+# --- checkpoints of several dtypes ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_few_matrices_of_another_dtype_do_not_decide(tmp_path):
+    """One dtype for all, as transformers has it: an fp32 head cannot multiply fp16 activations."""
+    made = copy.deepcopy(model("bert")).half()
+    made.cls.predictions.transform.dense.float()
+    made.bert.embeddings.LayerNorm.float()
+    made.save_pretrained(tmp_path / "model")
+    fp4compile.convert(tmp_path / "model", "hif4-w4a16", out=tmp_path / "out", keep=["cls.*"])
+    loaded = fp4compile.load(tmp_path / "out")
+    assert {t.dtype for t in loaded.state_dict().values() if t.is_floating_point()} == {torch.float16}
+    assert loaded(tokens()).logits.dtype == torch.float16
+    assert next(iter(packed_layers(loaded).values())).weight.dtype == torch.float16
+
+
+def test_tensors_that_are_not_packed_take_the_model_s_dtype(tmp_path):
+    made = nn.BatchNorm1d(2).eval()
+    state = {n: t.to(torch.float16 if t.is_floating_point() else torch.int32) for n, t in made.state_dict().items()}
+    state["num_batches_tracked"] += 7
+    save_file(state, tmp_path / "a.safetensors")
+    sys.modules["fp4compile.load"]._fill(made, tmp_path / "a.safetensors", torch.device("cpu"), torch.float32, [])
+    assert (made.num_batches_tracked.dtype, int(made.num_batches_tracked)) == (torch.int64, 7)
+    assert {t.dtype for t in (*made.parameters(), made.running_mean)} == {torch.float32}
+
+
+@torch.no_grad()
+def test_what_transformers_keeps_in_fp32_stays_so(tmp_path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 96}
+    made = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    made.save_pretrained(tmp_path / "model")
+    fp4compile.convert(tmp_path / "model", "hif4-w4a16", out=tmp_path / "out", keep=["encoder.*"])
+    loaded = fp4compile.load(tmp_path / "out", dtype=torch.float16)
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float16)
+    for path, module in reference.named_modules():
+        if isinstance(module, nn.Linear):
+            assert loaded.get_submodule(path).weight.dtype == module.weight.dtype, path
+    assert loaded(input_ids=tokens(), decoder_input_ids=tokens()).logits.dtype == torch.float16
 
 
 # --- slow ------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,18 @@ def test_fake_agrees_with_real_on_every_sample(name):
     assert count
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if "mm" in name])
+def test_autocast_reaches_nothing_within_an_op(name):
+    for sample in itertools.islice(OPS[name].samples(), 0, None, THIN):
+        expected = OPS[name].overload(**sample)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = OPS[name].overload(**sample)
+        assert layout(got) == layout(expected)
+        assert all(
+            torch.equal(memory(a), memory(b)) for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True)
+        )
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_references_copy_nothing_from_the_host(name, monkeypatch):
     """Which a CUDA graph could not hold; and what they kept of a call would lie in its memory."""

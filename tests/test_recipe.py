@@ -206,8 +206,8 @@ BROKEN = {
     "unknown top key": ('name = "x"\nkep = []\n[[rule]]\nrole = "forward"', [":2", "'kep'", "allowed", "'keep'"]),
     "unknown rule key": (HEAD + 'glob = "*"', [":4", "'glob'", "allowed", "modules"]),
     "unknown operand key": (HEAD + 'input = { format = "hif4", hadamar = 4 }', [":4", "'hadamar'", "'hadamard'"]),
-    "no role": ('name = "x"\n[[rule]]\nmodules = "*"', ["'rule'", "role"]),
-    "no format": (HEAD + "input = { hadamard = 16 }", [":4", "'input'", "format"]),
+    "no role": ('name = "x"\n[[rule]]\nmodules = "*"', [":2", "'rule'", "lacks 'role'"]),
+    "no format": (HEAD + "input = { hadamard = 16 }", [":4", "'input'", "lacks 'format'"]),
     "operand is a name": (HEAD + 'weight = "hif4"', [":4", "'weight'", "expected a table", "str"]),
     "keep is a name": ('name = "x"\nkeep = "*"\n[[rule]]\nrole = "forward"', [":2", "'keep'", "list of globs"]),
     "keep of numbers": ('name = "x"\nkeep = [1]\n[[rule]]\nrole = "forward"', [":2", "'keep'", "list of globs"]),
@@ -224,6 +224,9 @@ BROKEN = {
     "unknown format": (HEAD + 'input = { format = "mxfp44" }', [":4", "'input'", "'mxfp44'", "Did you mean 'mxfp4'"]),
     "unknown role": ('name = "x"\n[[rule]]\nrole = "fprop"', ["role 'fprop'", "dgrad, forward, wgrad"]),
     "operand of another role": (HEAD + 'grad = { format = "hif4" }', ["reads input and weight, not grad"]),
+    "a number is a truth value": ('name = "x"\nkeep_first_n = true\n[[rule]]\nrole = "forward"', [":2", "int", "True"]),
+    "a fraction is one": ('name = "x"\nkeep_last = false\n[[rule]]\nrole = "forward"', [":2", "float", "False"]),
+    "rules, not rule": ('name = "x"\nrules = []\n[[rule]]\nrole = "forward"', [":2", "'rules'", "mean 'rule'"]),
     "an array within": (HEAD + '[[rule.input]]\nformat = "hif4"', [":4", "'input'", "expected a table"]),
 }
 
@@ -247,6 +250,17 @@ def test_a_line_is_that_of_the_offending_key_and_not_of_its_namesake() -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(FP4ValueError, match=r"cannot read recipe 'nowhere\.toml': No such file"):
         resolve("nowhere.toml")
+
+
+def test_a_file_without_the_ending_is_not_looked_for_among_the_presets(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(HEAD)
+    with pytest.raises(FP4ValueError, match=r"ends in \.toml, that of '.*mine\.txt' does not"):
+        resolve(tmp_path / "mine.txt")
+
+
+def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(HEAD, encoding="utf-8-sig")
+    assert load(tmp_path / "mine.toml").name == "x"
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
@@ -377,7 +391,7 @@ def test_keep_by_role() -> None:
         resolve("hif4", keep=["x:a"])
 
 
-@pytest.mark.parametrize("keep", ["layers.*", [1], [None]])
+@pytest.mark.parametrize("keep", ["layers.*", [1], [None], None])
 def test_keep_is_a_list_of_globs(keep) -> None:
     with pytest.raises(FP4TypeError, match="keep must be a list of globs"):
         resolve("hif4", keep=keep)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fp4compile.backend import Answer, Backend, No, Yes
 from fp4compile.errors import RewriteError
+from fp4compile.formats import FORMATS
+from fp4compile.packed import PackedWeight
 from fp4compile.recipe import HEADS, Operand, Recipe, Rule
 from fp4compile.report import SiteRecord
 from tests.helpers import Captured, capture, forward_recipe, randn, trace
@@ -47,6 +49,14 @@ def test_writes_specs_formats_and_bytes() -> None:
     assert record.status == "fp4"
     assert record.formats == {"input": None, "weight": "hif4"}
     assert captured.context.report().weight_bytes == (64 * 32 * 4, 64 * 32 * 4.5 / 8)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_bytes_are_those_of_whole_blocks(format: str) -> None:
+    """The numbers that `convert` writes: 65 values take two blocks of 64."""
+    captured = capture(nn.Linear(65, 3), [randn(4, 65)], f"{format}-w4a16").until("annotate")
+    parts = PackedWeight((3, 65), 1, Operand(format, tensor_scale=False)).parts()
+    assert captured.context.report().weight_bytes == (65 * 3 * 4, sum(part.nbytes for part in parts.values()))
 
 
 @pytest.mark.parametrize("name", HEADS)
