@@ -22,7 +22,7 @@ from fp4compile import rowwise as oracle
 from fp4compile.backend import Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.inductor import BACKEND
-from fp4compile.backends.triton import replay, rowwise
+from fp4compile.backends.triton import rowwise
 from fp4compile.backends.triton.replay import Replay
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
