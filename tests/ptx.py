@@ -216,6 +216,7 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "cvt.f32.f16": ("h", lambda a: a.view("f2").astype("f4")),
     "cvt.rn.bf16.f32": ("f", _bf16),
     "cvt.rn.f16.f32": ("f", lambda a: a.astype("f2")),
+    "cvt.rn.f16x2.f32": ("ff", lambda high, low: np.stack((low, high), 1).astype("f2").reshape(-1)),
     "cvt.rn.bf16x2.f32": ("ff", lambda high, low: _bf16(low).astype("u4") | _bf16(high).astype("u4") << 16),
     "cvt.rn.satfinite.e4m3x2.f32": ("ff", _fp8(torch.float8_e4m3fn)),
     "cvt.rn.satfinite.e5m2x2.f32": ("ff", _fp8(torch.float8_e5m2)),

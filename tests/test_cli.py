@@ -361,6 +361,7 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path, number):
     """The command stops itself where it has begun to write weights."""
     lines = [
         "import os, signal, sys, transformers",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell's job in the background ignores it
         "from fp4compile import checkpoint, cli",
         "sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)",
         "transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained('model')",
