@@ -25,7 +25,7 @@ from fp4compile.rewrite import arguments, value
 from fp4compile.weight_cache import Program, WeightCache
 
 GROUP = "fp4compile.pipelines"
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Context:
             prefix = f"{place}." if place else ""
             yield f"{prefix}{site.path}".removesuffix("."), f"{prefix}{site.parameter}"
 
-    def _alike(self, site: Site, found: Mapping[Any, T]) -> T:
+    def _alike(self, site: Site, found: Mapping[Any, _T]) -> _T:
         """What was found, if it is the same for all modules that the graph serves."""
         if len(found) > 1:
             raise RewriteError(
