@@ -54,14 +54,6 @@ class Frame:
     model: nn.Module | None = None
     places: tuple[str, ...] = ("",)
 
-    @property
-    def prefix(self) -> str:
-        """What reports put before paths: where the root lies, with a `*` for what differs between its places."""
-        parts = [place.split(".") for place in self.places]
-        if len({len(part) for part in parts}) > 1:
-            return "*"
-        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
-
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
         if self.root is None:

@@ -86,7 +86,7 @@ class Ledger:
         if where.session is None or where.session is not self._session:
             self._session, self._reports, self._breaks = where.session, [], self._latest
             self._coverage = Coverage()
-        self._reports.append(report.within(where.prefix))
+        self._reports.append(report)
         self._coverage.add(where)
         self._model = _nothing if where.model is None else weakref.ref(where.model)
         self._backend = backend

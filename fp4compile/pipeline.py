@@ -67,6 +67,19 @@ class Context:
     weight_cache: WeightCache | None = None
     programs: list[Program] = field(default_factory=list)
 
+    @property
+    def prefix(self) -> str:
+        """What comes before paths in the whole model: where the graph starts, a `*` for what differs between places."""
+        parts = [place.split(".") for place in self.places]
+        if len({len(part) for part in parts}) > 1:
+            return "*"
+        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
+
+    def glob(self, site: Site) -> str:
+        """The entry of `keep` that stands for a site: its path in the whole model, of one in the root its parameter."""
+        name = site.path or site.parameter
+        return f"{self.prefix}.{name}" if self.prefix else name
+
     def rule_for(self, site: Site, role: Role) -> Rule | None:
         """The rule that decides for the GEMM of a site's layer in a role, or None."""
         return self._alike(
@@ -102,8 +115,7 @@ class Context:
         if self.strict:
             raise RewriteError(
                 f"recipe {self.recipe.name!r}: the {site.where} cannot be FP4: {reason}. "
-                f"Keep it (keep=[{site.path or site.parameter!r}]), or pass strict=False to leave such GEMMs in high "
-                "precision."
+                f"Keep it (keep=[{self.glob(site)!r}]), or pass strict=False to leave such GEMMs in high precision."
             )
         site.status, site.reason = "refused", reason
         site.specs = dict.fromkeys(site.arguments)
@@ -119,7 +131,7 @@ class Context:
         return self.kernel(node)[0] != f"reference/{BY_OVERLOAD[node.target].name}"
 
     def report(self) -> Report:
-        """The ledger of this graph."""
+        """The ledger of this graph, with paths as the whole model knows them."""
         weights: dict[str, tuple[int, int]] = {}
         records = []
         for site in self.sites:
@@ -149,7 +161,7 @@ class Context:
             pass_seconds=dict(self.seconds),
             weights=weights,
             cached={program.parameter: dict(program.sizes) for program in self.programs},
-        )
+        ).within(self.prefix)
 
 
 def _placed(argument: Any, device: str) -> Any:

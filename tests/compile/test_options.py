@@ -359,6 +359,14 @@ def test_one_graph_for_modules_that_the_recipe_treats_differently_is_an_error() 
     assert statuses()["blocks.*.before", "forward"] == "kept"
 
 
+def test_an_error_within_a_model_in_pieces_says_what_to_keep() -> None:
+    transformed = {name: Operand("mxfp4", hadamard=64) for name in ("input", "weight")}
+    recipe = Recipe("mine", rules=(Rule(role="forward", **transformed),))
+    with pytest.raises(RewriteError, match=r"keep=\['blocks\.\*\.before'\]"):
+        step(compiled(build(_Parts), recipe), randn(5, 32))
+    step(compiled(build(_Parts), recipe, keep=["blocks.*.before", "blocks.*.after"]), randn(5, 32))
+
+
 def test_a_model_without_a_graph_is_told_from_the_one_before() -> None:
     note = "not in this report: what was compiled after its last graph, which gave no graph"
     step(compiled(build(Mlp)), randn(13, 70))
