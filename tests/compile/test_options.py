@@ -353,8 +353,11 @@ def test_globs_are_of_the_whole_model_where_graphs_start_within_it() -> None:
 
 
 def test_one_graph_for_modules_that_the_recipe_treats_differently_is_an_error() -> None:
-    with pytest.raises(RewriteError, match=r"share one graph.*blocks\.0, blocks\.1"):
+    with pytest.raises(RewriteError, match=r"'blocks\.0' to 'blocks\.1', share one graph"):
         step(compiled(build(_Parts), keep=["blocks.0.*"]), randn(5, 32))
+    step(compiled(build(_Parts), keep=["blocks.0.before"], strict=False), randn(5, 32))
+    assert statuses()["blocks.*.before", "forward"] == "refused"
+    assert statuses()["blocks.*.after", "forward"] == "fp4"
     step(compiled(build(_Parts), keep=["blocks.*.before"]), randn(5, 32))
     assert statuses()["blocks.*.before", "forward"] == "kept"
 
