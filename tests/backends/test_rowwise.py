@@ -22,7 +22,7 @@ from fp4compile import rowwise as oracle
 from fp4compile.backend import Yes
 from fp4compile.backends import triton as table
 from fp4compile.backends.inductor import BACKEND
-from fp4compile.backends.triton import replay, rowwise
+from fp4compile.backends.triton import rowwise
 from fp4compile.backends.triton.replay import Replay
 from fp4compile.dynamo import fp4compile_backend, last_report
 from fp4compile.formats import FORMATS
@@ -31,13 +31,14 @@ from fp4compile.report import Report, SiteRecord
 from tests import ptx
 from tests.backends.test_triton_kernels import (
     arguments,
+    assert_compiled_agrees,
     assert_exact,
     assert_same,
     assert_stays_in_registers,
     meta,
     moved,
 )
-from tests.gpu import SM_100, compiled, interpret_apart, needs_gpu, needs_triton, run_compiled
+from tests.gpu import SM_100, compiled, interpret_apart, needs_gpu, needs_triton
 from tests.helpers import randn
 
 OPERATORS = ("quantize_rowwise", "quantize_rowwise_both")
@@ -345,25 +346,19 @@ def test_the_interpreter_has_the_oracles_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
-def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every n-th sample of a quantisation; here NaN, Inf and bf16 are among them."""
-    monkeypatch.setattr(replay, "run", run_compiled)
-    for sample in islice(OPS[op].samples(), OPERATORS.index(op), None, every):
-        given = arguments(op, sample)
-        assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
-
-
 @needs_triton
 @pytest.mark.parametrize("op", OPERATORS)
 def test_what_is_compiled_has_the_oracles_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_some_compiled(op, 30, monkeypatch)
+    some = islice(OPS[op].samples(), OPERATORS.index(op), None, 30)  # with NaN, Inf and bf16
+    assert_compiled_agrees(KERNELS[op], some, monkeypatch)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPERATORS)
 def test_what_is_compiled_has_the_oracles_bits_on_more_samples(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_some_compiled(op, 2, monkeypatch)
+    some = islice(OPS[op].samples(), OPERATORS.index(op), None, 2)  # with NaN, Inf and bf16
+    assert_compiled_agrees(KERNELS[op], some, monkeypatch)
 
 
 # --- assembly ---------------------------------------------------------------------------------------------------------

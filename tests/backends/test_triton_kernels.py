@@ -11,7 +11,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -251,25 +251,29 @@ def test_the_interpreter_has_the_references_bits_on_every_sample() -> None:
     interpret_apart(__name__, 1)
 
 
-def run_some_compiled(op: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every n-th sample of an op."""
+def assert_compiled_agrees(
+    kernel: Kernel, samples: Iterable[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's launches are run as PTX, on CPU tensors."""
     monkeypatch.setattr(replay, "run", run_compiled)
-    for sample in islice(samples(op), list(KERNELS).index(op), None, every):
-        given = arguments(op, sample)
-        assert_same(KERNELS[op].run(**given), OPS[op].reference(**given))
+    for sample in samples:
+        given = arguments(kernel.op, sample)
+        assert_same(kernel.run(**given), OPS[kernel.op].reference(**given))
 
 
 @needs_triton
 @pytest.mark.parametrize("op", KERNELS)
 def test_what_is_compiled_has_the_references_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_some_compiled(op, 75, monkeypatch)
+    some = islice(samples(op), list(KERNELS).index(op), None, 75)
+    assert_compiled_agrees(KERNELS[op], some, monkeypatch)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("op", KERNELS)
 def test_what_is_compiled_has_the_references_bits_on_more_samples(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_some_compiled(op, 4, monkeypatch)
+    some = islice(samples(op), list(KERNELS).index(op), None, 4)
+    assert_compiled_agrees(KERNELS[op], some, monkeypatch)
 
 
 Planned = tuple[launch.Launch, dict[str, Any]]
