@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.lowering  # the rule of max_pool2d asks for it by name, and Inductor imports it when it compiles
 from torch._inductor.decomposition import select_decomp_table
 
 aten = torch.ops.aten
@@ -23,5 +23,6 @@ class _Table(dict[Any, Callable[..., Any]]):
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of GEMMs."""
+    importlib.import_module("torch._inductor.lowering")  # max_pool2d's rule takes it for imported; it takes 0.7 s
     hidden = {getattr(op, overload) for op in _GEMMS for overload in op.overloads()}
     return _Table({op: rule for op, rule in select_decomp_table().items() if op not in hidden})

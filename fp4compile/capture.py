@@ -54,14 +54,6 @@ class Frame:
     model: nn.Module | None = None
     places: tuple[str, ...] = ("",)
 
-    @property
-    def prefix(self) -> str:
-        """What reports put before paths: where the root lies, with a `*` for what differs between its places."""
-        parts = [place.split(".") for place in self.places]
-        if len({len(part) for part in parts}) > 1:
-            return "*"
-        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
-
     def is_inner(self) -> bool:
         """Whether the traced module is one of the blocks of a larger model, or lies in one."""
         if self.root is None:
@@ -113,26 +105,29 @@ def _compiled_model() -> nn.Module | None:
     while caller is not None:
         owner = caller.f_locals.get("self")
         if isinstance(owner, OptimizedModule):
-            inner: nn.Module = owner._orig_mod
-            return inner.module if isinstance(inner, DistributedDataParallel) else inner
-        if isinstance(owner, nn.Module) and owner._compiled_call_impl is not None:
-            return owner
+            owner = owner._orig_mod
+        elif not isinstance(owner, nn.Module) or owner._compiled_call_impl is None:
+            owner = None
+        if owner is not None:
+            return owner.module if isinstance(owner, DistributedDataParallel) else owner
         caller = caller.f_back
     return None
 
 
 def _places(root: nn.Module | None, model: nn.Module | None) -> tuple[str, ...]:
     """The paths in a model of modules that are like the root; "" for the model itself, or of no model."""
-    modules = dict(model.named_modules()) if model is not None else {}
-    if root is model or all(module is not root for module in modules.values()):
+    if root is None or model is None or root is model:
         return ("",)
-    return tuple(clean_path(name) for name, module in modules.items() if _signature(module) == _signature(root))
+    alike = {name: module for name, module in model.named_modules() if type(module) is type(root)}
+    if all(module is not root for module in alike.values()):
+        return ("",)
+    shapes = _shapes(root)
+    return tuple(clean_path(name) for name, module in alike.items() if _shapes(module) == shapes)
 
 
-def _signature(module: nn.Module | None) -> tuple[Any, ...]:
-    """What modules have in common that one graph may serve."""
-    named = () if module is None else module.named_parameters(remove_duplicate=False)
-    return type(module), [(name, tuple(parameter.shape)) for name, parameter in named]
+def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """What modules of a class have in common that one graph may serve."""
+    return [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters(remove_duplicate=False)]
 
 
 def _source(placeholder: Node) -> str:
@@ -172,9 +167,9 @@ def frame(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Frame:
         root,
         session,
         untracked,
-        _differentiates(graph_module),
-        model,
-        _places(root, model),
+        differentiates=_differentiates(graph_module),
+        model=model,
+        places=_places(root, model),
     )
 
 

@@ -113,9 +113,9 @@ def _readable(debug: bool) -> Iterator[None]:
         warnings.simplefilter("always", FP4Warning)
         try:
             yield
+        except BrokenPipeError:
+            raise  # who read the output has seen enough
         except (FP4ValueError, FP4TypeError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # who read the output has seen enough
             if debug:
                 _stderr().print_exception()
             _stderr().print(f"[red]error: {escape(_message(error))}[/]", soft_wrap=True, highlight=False)

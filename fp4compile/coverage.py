@@ -36,17 +36,23 @@ class Coverage:
             report: takes records of those that run outside of graphs, and notes of those that seem not to run.
             broken: whether the model breaks the graph.
         """
-        found = {(s.path, s.parameter) for s in report.sites}
-        covered = {path for path, _ in found} | {name.rpartition(".")[0] for _, name in found}
+        named = {name for s in report.sites for name in (s.path, s.parameter.rpartition(".")[0])}
+        globs = [name for name in named if "*" in name]
         for kind, path, parameter in _weights(model):
-            held = kind == "linear" and any(fnmatchcase(path, c) or path.endswith(f".{c}") for c in covered if c)
-            if held or parameter in self.read:
+            if parameter in self.read or (kind == "linear" and _is_named(path, named, globs)):
                 continue
             if broken:
                 formats: dict[str, str | None] = {"input": None, "weight": None}
                 report.sites.append(SiteRecord(path, "forward", kind, "refused", formats, "eager", _OUTSIDE, parameter))
             else:
                 report.notes.append(f"{path if kind == 'linear' else parameter}: not called with these inputs")
+
+
+def _is_named(path: str, named: set[str], globs: list[str]) -> bool:
+    """Whether a module is among those that a report names, by their paths in the model or in a part of it."""
+    parts = path.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return any(end in named for end in ends if end) or any(fnmatchcase(path, glob) for glob in globs)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str, str]]:

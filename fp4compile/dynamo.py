@@ -86,7 +86,7 @@ class Ledger:
         if where.session is None or where.session is not self._session:
             self._session, self._reports, self._breaks = where.session, [], self._latest
             self._coverage = Coverage()
-        self._reports.append(report.within(where.prefix))
+        self._reports.append(report)
         self._coverage.add(where)
         self._model = _nothing if where.model is None else weakref.ref(where.model)
         self._backend = backend
@@ -102,7 +102,7 @@ class Ledger:
             breaks = graph_breaks() - self._breaks
             report.notes += graph_break_notes(breaks)
             if (graph_breaks() - self._latest).left:
-                report.notes.append("what was compiled since the last graph and has none is not in this report")
+                report.notes.append("not in this report: what was compiled after its last graph, which gave no graph")
             model = self._model()
             if breaks and model is not None:
                 self._coverage.complete(report, model, True)
@@ -119,8 +119,8 @@ class Breaks:
     """What Dynamo has counted.
 
     Attributes:
-        graph: breaks behind and before which it made graphs, by reason.
-        failures: other reasons for which it gave up; it may have gone on in another way.
+        graph: how many times it ended a graph and went on with another, by reason.
+        failures: how many times it gave up for other reasons; it may then have gone on in another way.
         functions: how many functions it left to Python as a whole.
         total: how many functions it has tried.
     """
@@ -131,6 +131,7 @@ class Breaks:
     total: int = 0
 
     def __sub__(self, other: Breaks) -> Breaks:
+        """What was counted since `other`."""
         if self.total < other.total:  # the counts were reset in between
             return self
         return Breaks(self.graph - other.graph, self.failures - other.failures, self.functions - other.functions)
@@ -153,15 +154,12 @@ def graph_breaks(under_way: int = 0) -> Breaks:
 
 def graph_break_notes(breaks: Breaks) -> list[str]:
     """What a report says of graph breaks."""
-    kinds = {"graph break": breaks.graph, "a function is no graph at all": breaks.left}
+    kinds = {"graph break": breaks.graph, "function left to Python as a whole": breaks.left}
+    effect = "linear layers and experts outside the graphs run as they are"
     found: Counter[tuple[str, str]] = Counter()
     for kind, counts in kinds.items():
         for reason, count in counts.items():  # some differ in the place alone
-            found[
-                kind,
-                f"{reason.splitlines()[0]}; linear layers and experts outside the graphs run as they are"
-                f"{_hint(reason)}",
-            ] += count
+            found[kind, f"{reason.splitlines()[0]}; {effect}{_hint(reason)}"] += count
     return [f"{kind} ({count}x): {what}" for (kind, what), count in found.items()]
 
 

@@ -49,7 +49,7 @@ class _Explainer:
             if self.observe:
                 self.observe(None, copied.graph, context)
             self.pipeline.run(copied, context, self.observe)
-            self.reports.append(context.report().within(where.prefix))
+            self.reports.append(context.report())
 
         def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             rewrite(joint)

@@ -286,13 +286,15 @@ def data_flow(graph: Graph, parameters: Mapping[Node, str], buffers: Container[N
 def _applies_weight(node: Node, weights: Container[Node], positions: Container[Node]) -> bool:
     """Whether a GEMM with a weight is that of a layer: that of a known module, with a bias, or on positions.
 
-    Any other one, where its operands depend on parameters alone, makes a weight: B A of a merged LoRA.
+    Any other one, where its operands depend on parameters alone, makes a weight: B A of a merged LoRA, also where a
+    matrix is added to it.
     """
     op = GEMM_OPS.get(node.target)
     if op is None:
         return False
     operands = [cast(Node, node.args[i]) for i in (op.a, op.b)]
-    is_layer = op.bias is not None or issubclass(_module_class(node), _LAYERS) or any(n in positions for n in operands)
+    biased = op.bias is not None and dims(cast(Node, node.args[op.bias])) == 1
+    is_layer = biased or issubclass(_module_class(node), _LAYERS) or any(n in positions for n in operands)
     return is_layer and any(n in weights for n in operands)
 
 

@@ -7,7 +7,9 @@ runs inside one is the same eager and compiled, so the bits are too.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -232,6 +234,9 @@ OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _ROWS})
 
 # What autocast puts in front of each op, by device.
 _AUTOCAST = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST_KEYS = functools.reduce(
+    operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST)
+)
 
 
 def _without_kernel(op: Op) -> Callable[..., Any]:
@@ -251,10 +256,9 @@ def _without_kernel(op: Op) -> Callable[..., Any]:
 
 def _without_autocast(op: Op) -> Callable[..., Any]:
     """What torch calls under autocast: the op, which computes in the dtypes that it names, as it does elsewhere."""
-    keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys[0] | keys[1]):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return op.overload(*args, **kwargs)
 
     return run

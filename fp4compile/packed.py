@@ -103,10 +103,13 @@ class PackedWeight:
         return self.pack(torch.empty(self.shape, device="meta"))
 
 
+_KINDS = get_type_hints(Operand)
+
+
 def _operand(data: Mapping[str, Any]) -> Operand:
     """A spec from plain data; version 0.1 wrote `tensor_scale` true for formats that have none, too."""
     made = Operand(**{k: v for k, v in data.items() if (k, v) != ("tensor_scale", True)})
-    for name, kind in get_type_hints(Operand).items():
+    for name, kind in _KINDS.items():
         if not isinstance(getattr(made, name), kind):
             raise TypeError(f"{name} is {getattr(made, name)!r}")
     return made
@@ -134,9 +137,9 @@ class PackedLayer(nn.Module):
 
     def _given(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The activation [..., in], fake-quantised where the row says so, and the tensor scale left for the product."""
-        x = _autocast(x)
         if x.dtype not in DTYPES:
             raise FP4TypeError(f"{type(self).__name__} takes fp32, bf16 or fp16, not {x.dtype}")
+        x = _autocast(x)
         spec = self.packed.input
         if spec is None:
             return x, None

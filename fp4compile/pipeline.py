@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,7 +25,6 @@ from fp4compile.rewrite import arguments, value
 from fp4compile.weight_cache import Program, WeightCache
 
 GROUP = "fp4compile.pipelines"
-T = TypeVar("T")
 
 
 @dataclass
@@ -67,19 +66,43 @@ class Context:
     weight_cache: WeightCache | None = None
     programs: list[Program] = field(default_factory=list)
 
+    @property
+    def prefix(self) -> str:
+        """What comes before paths in the whole model: where the graph starts, a `*` for what differs between places."""
+        parts = [place.split(".") for place in self.places]
+        if len({len(part) for part in parts}) > 1:
+            return "*"
+        return ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
+
+    def glob(self, site: Site) -> str:
+        """The entry of `keep` that stands for a site: its path in the whole model, of one in the root its parameter."""
+        name = site.path or site.parameter
+        return f"{self.prefix}.{name}" if self.prefix else name
+
     def rule_for(self, site: Site, role: Role) -> Rule | None:
-        """The rule that decides for the GEMM of a site's layer in a role, or None."""
-        return self._alike(
-            site, {id(rule): rule for rule in (self.recipe.rule_for(p, role) for p, _ in self._names(site))}
-        )
+        """The rule that decides for the GEMM of a site's layer in a role, or None; of a `divided` site that of one."""
+        path, _ = next(self._names(site))
+        return self.recipe.rule_for(path, role)
 
     def kept_by(self, site: Site) -> str | None:
-        """The entry of `keep` that matches a site, or None."""
-        kept = (
-            self.recipe.kept_by(path, site.role) or self.recipe.kept_by(parameter, site.role)
-            for path, parameter in self._names(site)
+        """The entry of `keep` that matches a site, in all modules that the graph may serve, or None."""
+        kept = self._kept(site)
+        return kept[0] if all(kept) else None
+
+    def divided(self, site: Site) -> str | None:
+        """Why no decision holds for a site in all modules that the graph may serve, or None."""
+        rules = {id(self.recipe.rule_for(path, site.role)) for path, _ in self._names(site)}
+        if len(rules) == 1 and len(set(map(bool, self._kept(site)))) == 1:
+            return None
+        return (
+            f"{len(self.places)} modules of one class, {self.places[0]!r} to {self.places[-1]!r}, share one graph, "
+            "because the model breaks the graph between them, and the recipe treats them differently"
         )
-        return self._alike(site, {bool(glob): glob for glob in kept})
+
+    def _kept(self, site: Site) -> list[str | None]:
+        """The entry of `keep` that matches a site, in each module that the graph may serve."""
+        keeps, role = self.recipe.kept_by, site.role
+        return [keeps(path, role) or keeps(parameter, role) for path, parameter in self._names(site)]
 
     def _names(self, site: Site) -> Iterator[tuple[str, str]]:
         """Path and parameter of a site, in each module that the graph may serve."""
@@ -87,23 +110,12 @@ class Context:
             prefix = f"{place}." if place else ""
             yield f"{prefix}{site.path}".removesuffix("."), f"{prefix}{site.parameter}"
 
-    def _alike(self, site: Site, found: Mapping[Any, T]) -> T:
-        """What was found, if it is the same for all modules that the graph serves."""
-        if len(found) > 1:
-            raise RewriteError(
-                f"recipe {self.recipe.name!r} treats modules of one class differently that share one graph, because "
-                f"the model breaks the graph between them: {', '.join(self.places)}. The {site.where} cannot be "
-                "decided for all of them. Avoid the graph break, or give them the same rule"
-            )
-        return next(iter(found.values()))
-
     def refuse(self, site: Site, reason: str) -> None:
         """A GEMM that the recipe asked for cannot be done: an error when strict, else it stays as it is."""
         if self.strict:
             raise RewriteError(
                 f"recipe {self.recipe.name!r}: the {site.where} cannot be FP4: {reason}. "
-                f"Keep it (keep=[{site.path or site.parameter!r}]), or pass strict=False to leave such GEMMs in high "
-                "precision."
+                f"Keep it (keep=[{self.glob(site)!r}]), or pass strict=False to leave such GEMMs in high precision."
             )
         site.status, site.reason = "refused", reason
         site.specs = dict.fromkeys(site.arguments)
@@ -119,7 +131,7 @@ class Context:
         return self.kernel(node)[0] != f"reference/{BY_OVERLOAD[node.target].name}"
 
     def report(self) -> Report:
-        """The ledger of this graph."""
+        """The ledger of this graph, with paths as the whole model knows them."""
         weights: dict[str, tuple[int, int]] = {}
         records = []
         for site in self.sites:
@@ -149,7 +161,7 @@ class Context:
             pass_seconds=dict(self.seconds),
             weights=weights,
             cached={program.parameter: dict(program.sizes) for program in self.programs},
-        )
+        ).within(self.prefix)
 
 
 def _placed(argument: Any, device: str) -> Any:

@@ -125,6 +125,10 @@ def _annotate(site: Site, context: Context) -> None:
         site.reason = reason(site, context) or ""
         if site.reason:
             return
+    divided = context.divided(site)
+    if divided:
+        context.refuse(site, divided)
+        return
     rule = context.rule_for(site, site.role)
     specs = {name: spec for name, spec in rule.operands.items() if spec} if rule else {}
     if not specs:

@@ -30,11 +30,13 @@ class FindSites:
             site.flops = flops(site)
         if not context.parameters and not context.sites and any(node.target in GEMM_OPS for node in graph.nodes):
             context.notes.append(
-                "a graph multiplies matrices and reads no nn.Parameter, by which weights are known: it stays as it is"
+                "a graph multiplies matrices and reads no nn.Parameter, by which weights are known: none is in FP4"
             )
         forward = [n for n in graph.find_nodes(op="call_function", target=CONVOLUTION) if not is_backward(n)]
         if forward:
-            context.notes.append(f"{len(forward)} convolutions stay in high precision: recipes are for linear GEMMs")
+            context.notes.append(
+                f"{len(forward)} convolutions stay in high precision: recipes are for linear layers and experts"
+            )
         unknown = sum(runs_on_data(site) for site in context.sites)
         if unknown:
             context.notes.append(

@@ -38,7 +38,7 @@ def _owner(site: Site, context: Context) -> Site | None:
     if owner is None and rule and any(spec.clip_mask for spec in rule.operands.values() if spec):
         raise RewriteError(
             f"recipe {context.recipe.name!r} asks for a clip mask, but it is not certain which forward GEMM the "
-            f"{site.where} belongs to. Keep it (keep=[{site.path!r}])"
+            f"{site.where} belongs to. Keep it (keep=[{context.glob(site)!r}])"
         )
     return owner if owner and owner.status == "fp4" else None
 

@@ -349,9 +349,10 @@ def test_a_normed_weight() -> None:
     assert {path for (_, path, _), status in found.items() if status == "kept"} == {"a.parametrizations.weight.0"}
 
 
-def test_products_that_make_a_weight_are_kept() -> None:
+@pytest.mark.parametrize("merge", [lambda w, b, a: w + b @ a, torch.addmm], ids=["mm", "addmm"])
+def test_products_that_make_a_weight_are_kept(merge: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """B A of a merged LoRA; the layer that reads it is a site like any other."""
-    model = Model(lambda m, x: m.b(F.linear(x, m.a.weight + m.B @ m.A)))
+    model = Model(lambda m, x: m.b(F.linear(x, merge(m.a.weight, m.B, m.A))))
     model.A, model.B = nn.Parameter(randn(8, 64)), nn.Parameter(randn(64, 8))
     assert statuses(model, X) == {
         **{(role, "", "A"): "kept" for role in ALL},

@@ -185,8 +185,12 @@ def test_any_shape_and_any_rank(format, shape):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 def test_activations_of_other_dtypes_are_refused(given, dtype):
     made, _ = layer(PackedWeight((8, 64), 1, Operand("hif4"), given))
-    with pytest.raises(FP4TypeError, match=f"PackedLinear takes fp32, bf16 or fp16, not {dtype}"):
-        made(torch.ones(3, 64, dtype=dtype))
+    for autocast in (False, True):  # which casts neither integers nor fp64 for a linear layer
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(FP4TypeError, match=f"PackedLinear takes fp32, bf16 or fp16, not {dtype}"),
+        ):
+            made(torch.ones(3, 64, dtype=dtype))
 
 
 @torch.no_grad()

@@ -353,19 +353,30 @@ def test_globs_are_of_the_whole_model_where_graphs_start_within_it() -> None:
 
 
 def test_one_graph_for_modules_that_the_recipe_treats_differently_is_an_error() -> None:
-    with pytest.raises(RewriteError, match=r"share one graph.*blocks\.0, blocks\.1"):
+    with pytest.raises(RewriteError, match=r"'blocks\.0' to 'blocks\.1', share one graph"):
         step(compiled(build(_Parts), keep=["blocks.0.*"]), randn(5, 32))
+    step(compiled(build(_Parts), keep=["blocks.0.before"], strict=False), randn(5, 32))
+    assert statuses()["blocks.*.before", "forward"] == "refused"
+    assert statuses()["blocks.*.after", "forward"] == "fp4"
     step(compiled(build(_Parts), keep=["blocks.*.before"]), randn(5, 32))
     assert statuses()["blocks.*.before", "forward"] == "kept"
 
 
+def test_an_error_within_a_model_in_pieces_says_what_to_keep() -> None:
+    transformed = {name: Operand("mxfp4", hadamard=64) for name in ("input", "weight")}
+    recipe = Recipe("mine", rules=(Rule(role="forward", **transformed),))
+    with pytest.raises(RewriteError, match=r"keep=\['blocks\.\*\.before'\]"):
+        step(compiled(build(_Parts), recipe), randn(5, 32))
+    step(compiled(build(_Parts), recipe, keep=["blocks.*.before", "blocks.*.after"]), randn(5, 32))
+
+
 def test_a_model_without_a_graph_is_told_from_the_one_before() -> None:
-    note = "what was compiled since the last graph and has none is not in this report"
+    note = "not in this report: what was compiled after its last graph, which gave no graph"
     step(compiled(build(Mlp)), randn(13, 70))
     assert note not in fp4compile.last_report().notes
     step(compiled(build(_Loop)), randn(5, 32))
     assert note in fp4compile.last_report().notes
-    assert any("a function is no graph at all" in each for each in fp4compile.last_report().notes)
+    assert any("function left to Python as a whole" in each for each in fp4compile.last_report().notes)
 
 
 def test_a_recompilation_does_not_double_the_sites() -> None:
