@@ -97,7 +97,7 @@ def _to_lanes(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr):
+def _to_memory(x, L: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
     """The inverse of `_to_lanes`."""
     if COLUMNS:
         x = tl.permute(x.reshape([L, K // LOW, LOW]), (2, 1, 0)).reshape([1, K, L])
@@ -205,7 +205,7 @@ def _store(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    y = _to_memory(y.to(y_ptr.dtype.element_ty), L, K, LOW, VECTOR, COLUMNS)
+    y = _to_memory(y.to(y_ptr.dtype.element_ty), L, K, LOW, COLUMNS)
     lane, k = _elements(lane, k, L, K, LOW, VECTOR, COLUMNS, 1)
     pointers = y_ptr + _index(batch, lane, k, lanes, size, COLUMNS)
     if EVEN:
